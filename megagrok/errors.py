@@ -1,0 +1,63 @@
+"""What a user, a file, a cluster or a network can cause. Bugs of ours are plain assertions.
+
+Every message says: the setting or place, the value seen, the rule it broke, the nearest values that work.
+The exit code tells a scheduler whether a restart can help: 2-5 never requeue, 75 and 76 do, 70 is our bug.
+"""
+
+from typing import ClassVar
+
+EXIT_BUG = 70
+EXIT_TRANSIENT = 75
+EXIT_PREEMPTED = 76
+
+
+class MegagrokError(Exception):
+    """Base of everything megagrok raises on purpose. `exit_code` is what the process ends with."""
+
+    exit_code: ClassVar[int] = EXIT_BUG
+
+
+class ConfigError(MegagrokError):
+    """The configuration, or an override of it, cannot be run."""
+
+    exit_code = 2
+
+
+class TopologyError(ConfigError):
+    """The ranks cannot be arranged as asked, or two libraries disagree on who is where."""
+
+
+class DataError(MegagrokError):
+    """A corpus, a tokenizer or a token file is missing, damaged or of another kind."""
+
+    exit_code = 3
+
+
+class CheckpointError(MegagrokError):
+    """A checkpoint is missing, incomplete, damaged, or of another run or model."""
+
+    exit_code = 4
+
+
+class MachineError(MegagrokError):
+    """The machine lacks something the run needs: a library, a device, space, a permission."""
+
+    exit_code = 5
+
+
+class ShapeError(MegagrokError):
+    """A tensor does not have the shape its function needs."""
+
+
+class KernelError(MegagrokError):
+    """A kernel cannot take these shapes, this dtype or this device."""
+
+
+class NonFiniteError(MegagrokError):
+    """Loss or gradient is not finite. Raised on all ranks together, before weights move."""
+
+
+class RankError(MegagrokError):
+    """A rank died; carries the first failure of all ranks, not the echo of it."""
+
+    exit_code = EXIT_TRANSIENT
