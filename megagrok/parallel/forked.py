@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -169,7 +169,9 @@ def _die_with(parent: int) -> None:
         os._exit(1)  # it died before we asked
 
 
-def _tensor_by_value(tensor: torch.Tensor) -> tuple[object, ...]:
+def _tensor_by_value(
+    tensor: torch.Tensor,
+) -> tuple[Callable[[bytes, torch.dtype, tuple[int, ...]], torch.Tensor], tuple[Any, ...]]:
     flat = tensor.detach().cpu().contiguous().flatten()
     return _tensor_from_bytes, (flat.view(torch.uint8).numpy().tobytes(), tensor.dtype, tuple(tensor.shape))
 

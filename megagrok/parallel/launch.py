@@ -25,6 +25,7 @@ from typing import Literal, TypeVar, TypeVarTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
 from megagrok import errors
 from megagrok.errors import MachineError, MegagrokError, RankError
@@ -98,8 +99,8 @@ class Placement:
 def discover(environment: Mapping[str, str] = os.environ) -> Placement | None:
     """Which launcher started this process, and as which rank; None if none did and ranks are to be forked.
 
-    torchrun is recognised by RANK with MASTER_ADDR, and wins where both are present (torchrun inside srun). A Slurm step of one
-    task has no peers to join and counts as none, as does a batch script, which is not a step.
+    torchrun is recognised by RANK with MASTER_ADDR, and wins where both are present (torchrun inside srun).
+    A Slurm step of one task has no peers to join and counts as none, as does a batch script, which is not a step.
     Raises MachineError, naming every variable that is missing or no number.
     """
     if "RANK" in environment and "MASTER_ADDR" in environment:
@@ -156,7 +157,7 @@ def _join_local(rank: int, world_size: int, store: str, timeout_seconds: float, 
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, world_size),
+        store=FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -168,7 +169,7 @@ def _join_local(rank: int, world_size: int, store: str, timeout_seconds: float, 
 
 
 def _watch(team: Sequence[ForkedRank]) -> None:
-    """Return when every rank has ended, or LEAVE_SECONDS after the first failure: long enough for the others to unwind."""
+    """Return when every rank has ended, or LEAVE_SECONDS after the first failure, so that the others can unwind."""
     deadline: float | None = None
     while running := [member for member in team if member.ending is None]:
         if deadline is not None and time.monotonic() > deadline:
@@ -246,7 +247,7 @@ def _forwarding(team: Sequence[ForkedRank]) -> Iterator[list[int]]:
 
 @contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Hold stop signals back while forking: none may meet a half-started team, or run the parent's handler in a rank."""
+    """Hold stop signals back while forking: none may meet half a team, or run the parent's handler in a rank."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -265,7 +266,7 @@ def _numbers(launcher: str, environment: Mapping[str, str], *names: str) -> list
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
-    """The host of task 0: the first of Slurm's node list, as in node[07-12,20],other3. A one-node step meets on itself."""
+    """Task 0's host: the first of Slurm's node list, as in node[07-12,20],other3. One node meets on itself."""
     if environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")) == "1":
         return "127.0.0.1"
     nodes = environment.get("SLURM_STEP_NODELIST", "")

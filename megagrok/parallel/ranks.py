@@ -17,7 +17,7 @@ JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[st
 
 
 class Ranks(Protocol):
-    """One process's view of its peers. `gather`, `barrier` and `any` are collective: every rank calls them, in one order."""
+    """One process's view of its peers. `gather`, `barrier` and `any` are collective: all ranks call them, in one order."""
 
     @property
     def rank(self) -> int:
