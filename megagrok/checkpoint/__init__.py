@@ -1,0 +1,13 @@
+"""Checkpoints without a layout and without pickle: safetensors shards and one JSON commit.
+
+A rank saves fragments, named pieces of global tensors; a rank of any other layout reads blocks. `save_checkpoint` is
+all or nothing, `find_checkpoint` never returns a damaged one, `Checkpoint.read` never returns a wrong byte.
+The digests find rot and mix-ups; they do not prove who wrote the files.
+"""
+
+from megagrok.checkpoint.fragment import Fragment
+from megagrok.checkpoint.load import Checkpoint, find_checkpoint, list_steps
+from megagrok.checkpoint.save import save_checkpoint
+from megagrok.checkpoint.verify import verify_checkpoint
+
+__all__ = ["Checkpoint", "Fragment", "find_checkpoint", "list_steps", "save_checkpoint", "verify_checkpoint"]

@@ -1,0 +1,101 @@
+"""Every change that a save makes to the file system, and the one way a load opens a file. Decides nothing.
+
+The writer goes through `Disk` alone, so a test can stop the world between any two steps of a save.
+"""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from megagrok.errors import CheckpointError
+
+
+class Disk:
+    """The steps of a save. All raise OSError."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create a directory and its parents; it may exist."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def create(self, path: Path) -> int:
+        """Create a file that does not exist, not through a link, and return its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    def write(self, descriptor: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all bytes; the kernel may take them in parts."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+    def sync(self, descriptor: int) -> None:
+        """Wait until the file's bytes are on the medium."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close; network file systems report late write errors here."""
+        os.close(descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        """Wait until the names in a directory are on the medium."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move in one step; a file at the target is replaced, a directory there must be empty."""
+        os.replace(source, target)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; it may be gone already."""
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and what is in it; refuses a link."""
+        shutil.rmtree(path)
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """Put a small file in place in one step: beside it, synced, renamed over."""
+        beside = path.with_name(path.name + ".tmp")
+        self.remove(beside)
+        descriptor = self.create(beside)
+        try:
+            self.write(descriptor, data)
+            self.sync(descriptor)
+        finally:
+            os.close(descriptor)
+        self.rename(beside, path)
+        self.sync_directory(path.parent)
+
+
+def open_file(path: Path) -> tuple[int, int]:
+    """Open a regular file for reading, not through a link; returns (descriptor, bytes). Raises CheckpointError.
+
+    Without O_NONBLOCK a named pipe in the place of a file would hang every rank.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: not a regular file")
+    return descriptor, status.st_size
+
+
+def read_range(path: Path, descriptor: int, offset: int, size: int) -> bytearray:
+    """Read exactly `size` bytes at `offset`. The caller has checked both against the file's size."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
+        if not count:
+            raise CheckpointError(f"{path}: ends at byte {offset}; it became shorter while it was read")
+        view, offset = view[count:], offset + count
+    return data

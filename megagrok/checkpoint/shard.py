@@ -1,0 +1,97 @@
+"""One rank's file: a valid safetensors file of its fragments, hashed while it is written.
+
+Written here and not by the safetensors library because the digests must be of exactly the bytes that go to the disk,
+and because only one fragment at a time is then held in host memory. The library reads the result.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import xxhash
+
+from megagrok.checkpoint.commit import Entry, ShardFile, TensorInfo, digest_of
+from megagrok.checkpoint.disk import Disk
+from megagrok.checkpoint.fragment import DTYPE_NAMES, Fragment
+from megagrok.errors import CheckpointError
+from megagrok.parallel.ranks import JSON
+
+
+def write_shard(disk: Disk, path: Path, fragments: Iterable[Fragment], marks: dict[str, str]) -> JSON:
+    """Write and sync `path`; returns {"file": as in COMMIT.json, "tensors": {name: [dtype, shape]}}.
+
+    marks: text for the header's metadata.  Raises CheckpointError, also for a full disk.
+    """
+    # Wide dtypes first: each entry is then aligned to its own size, as the format's own writer does it.
+    ordered = sorted(fragments, key=lambda f: (-f.data.dtype.itemsize, f.name, f.start, f.begin))
+    tensors = _tensor_table(ordered)
+    header = _header(ordered, marks)
+    needed = len(header) + sum(map(_bytes, ordered))
+    entries, position, whole = [], len(header), xxhash.xxh3_128(header)
+    try:
+        descriptor = disk.create(path)
+        try:
+            disk.write(descriptor, header)
+            for fragment in ordered:
+                data = _host_bytes(fragment.data)
+                entries.append(Entry(fragment.name, fragment.piece, position, digest_of(data)))
+                whole.update(data)
+                disk.write(descriptor, data)
+                position += len(data)
+            disk.sync(descriptor)
+        finally:
+            disk.close(descriptor)
+        disk.sync_directory(path.parent)
+    except OSError as error:
+        raise disk_failure(path, error, needed) from error
+    return {"file": ShardFile(path.name, position, whole.hexdigest(), tuple(entries)).to_json(), "tensors": tensors}
+
+
+def disk_failure(path: Path, error: OSError, needed_bytes: int = 0) -> CheckpointError:
+    """What the operating system said, with the place and, on a full disk, the sizes."""
+    text = f"{error.filename or path}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        status = os.statvfs(path.parent)
+        free = status.f_bavail * status.f_frsize
+        text += (
+            f" (this file needs {needed_bytes / 1e6:.1f} MB; {free / 1e6:.1f} MB are free after its part was written)"
+        )
+    return CheckpointError(text)
+
+
+def _bytes(fragment: Fragment) -> int:
+    return fragment.data.numel() * fragment.data.dtype.itemsize
+
+
+def _host_bytes(data: torch.Tensor) -> memoryview:
+    """A private copy of the elements in host memory: nothing can change between hashing and writing."""
+    host = data.detach().to("cpu", copy=True).contiguous()
+    return host.view(torch.uint8).numpy().data
+
+
+def _header(fragments: list[Fragment], marks: dict[str, str]) -> bytes:
+    table: dict[str, JSON] = {"__metadata__": {"format": "pt", **marks}}
+    position = 0
+    for fragment in fragments:
+        if fragment.key in table:
+            raise CheckpointError(f"{fragment.key} is given twice")
+        end = position + _bytes(fragment)
+        shape = fragment.shape if fragment.key == fragment.name else (fragment.end - fragment.begin,)
+        dtype = DTYPE_NAMES[fragment.data.dtype]
+        table[fragment.key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _tensor_table(fragments: list[Fragment]) -> JSON:
+    table: dict[str, JSON] = {}
+    for fragment in fragments:
+        info = TensorInfo(DTYPE_NAMES[fragment.data.dtype], fragment.global_shape).to_json()
+        if table.setdefault(fragment.name, info) != info:
+            raise CheckpointError(f"tensor {fragment.name} is both {table[fragment.name]} and {info}")
+    return table
