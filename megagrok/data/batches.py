@@ -1,0 +1,145 @@
+"""Samples to batches: this data rank's part of a global batch, and the one integer that is the position.
+
+Not a loader with workers: a batch is a few memory-mapped reads. The one idea: which sample goes where is arithmetic, so
+a run that was stopped, or goes on with another number of ranks, trains on the same samples in the same steps.
+
+Sample j of a step goes to micro-batch j // (micro_batch * data_size) of data rank (j // micro_batch) % data_size:
+
+    j           0 1 | 2 3 | 4 5 | 6 7 | 8 9 |10 11        micro_batch = 2
+    data_size 2  r0   r1    r0    r1    r0    r1          micro-batches 0, 0, 1, 1, 2, 2
+    data_size 1  r0   r0    r0    r0    r0    r0          micro-batches 0, 1, 2, 3, 4, 5
+
+So the sets of micro_batch samples that go through the model together do not depend on data_size.
+
+Shape letters: M micro-batches of this rank, B samples of a micro-batch, S tokens of a sample.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagrok.data.prepare import PreparedData
+from megagrok.data.samples import SampleReader
+from megagrok.errors import DataError
+
+NOT_COUNTED = -100
+"""A label that no loss is computed for. Pre-training has none; fine-tuning masks prompts with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One data rank's part of a global batch; the same on all tensor, context and pipeline ranks of that data rank."""
+
+    tokens_MBS: Tensor
+    """Inputs, int64, on the CPU."""
+    labels_MBS: Tensor
+    """The token that follows each input, int64; NOT_COUNTED where it does not count."""
+    sample_ids: tuple[int, ...]
+    """Sample numbers, counted through all epochs, in the order of [M, B]."""
+    document_ids: tuple[tuple[int, ...], ...]
+    """For each sample the documents it touches, by their numbers in the token file."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels of this rank's part that count towards the loss."""
+        return int((self.labels_MBS != NOT_COUNTED).sum())
+
+
+class TrainBatches:
+    """Batches for one data rank, and `consumed_samples`: the position of the whole run, equal on all ranks."""
+
+    def __init__(
+        self, prepared: PreparedData, *, seq_len: int, seed: int, micro_batch: int, data_rank: int, data_size: int
+    ) -> None:
+        """Every rank makes its own; nothing is exchanged. Raises DataError if the data makes up no sample."""
+        assert 0 <= data_rank < data_size and micro_batch > 0
+        self.consumed_samples = 0
+        """Samples of all ranks in the steps so far; the next step starts with this sample."""
+        self._reader = SampleReader(prepared.train(), seq_len=seq_len, seed=seed)
+        self._identity: dict[str, int | str] = {"fingerprint": prepared.fingerprint, "seq_len": seq_len, "seed": seed}
+        self._micro_batch, self._data_rank, self._data_size = micro_batch, data_rank, data_size
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples before the data repeats, in another order."""
+        return self._reader.order.samples_per_epoch
+
+    def next_batch(self, global_batch: int) -> Batch:
+        """This rank's part of the next global_batch samples. Called by every rank with the same number.
+
+        Raises DataError unless global_batch is a multiple of micro_batch * data_size.
+        """
+        samples = range(self.consumed_samples, self.consumed_samples + global_batch)
+        batch = _read_batch(self._reader, samples, self._micro_batch, self._data_rank, self._data_size)
+        self.consumed_samples += global_batch
+        return batch
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The position and what it is a position in; JSON, equal on all ranks."""
+        return {"consumed_samples": self.consumed_samples, **self._identity}
+
+    def load_state(self, state: dict[str, int | str]) -> None:
+        """Go to a saved position, whatever the numbers of ranks were. Raises DataError naming every difference."""
+        differences = [
+            f"{name}: saved {state.get(name)}, now {value}"
+            for name, value in self._identity.items()
+            if state.get(name) != value
+        ]
+        if differences:
+            raise DataError(
+                "the saved position belongs to other data: "
+                + "; ".join(differences)
+                + ". A fingerprint differs when documents, tokenizer or data.held_out_fraction do. "
+                "Restore the settings, or start a new run."
+            )
+        consumed = state.get("consumed_samples")
+        if not isinstance(consumed, int) or consumed < 0:
+            raise DataError(f"the saved position has consumed_samples = {consumed!r}, needs an integer of 0 or more")
+        self.consumed_samples = consumed
+
+
+def held_out_batches(
+    prepared: PreparedData,
+    *,
+    seq_len: int,
+    num_samples: int,
+    global_batch: int,
+    micro_batch: int,
+    data_rank: int,
+    data_size: int,
+) -> Iterator[Batch]:
+    """The first num_samples held-out samples in the order of the file, the same at every evaluation.
+
+    global_batch at a time, spread over the data ranks as in training; the last batch may be smaller. Raises DataError
+    if the held-out documents make fewer samples, or the numbers are no multiples of micro_batch * data_size.
+    """
+    problem = prepared.evaluation_problem(seq_len, num_samples)
+    if problem is not None:
+        raise DataError(problem)
+    reader = SampleReader(prepared.held_out(), seq_len=seq_len, seed=None)
+    steps = [range(start, min(start + global_batch, num_samples)) for start in range(0, num_samples, global_batch)]
+    return (_read_batch(reader, samples, micro_batch, data_rank, data_size) for samples in steps)
+
+
+def _read_batch(reader: SampleReader, samples: range, micro_batch: int, data_rank: int, data_size: int) -> Batch:
+    width = micro_batch * data_size
+    if len(samples) == 0 or len(samples) % width:
+        nearest = sorted({max(len(samples) // width, 1) * width, (len(samples) // width + 1) * width})
+        raise DataError(
+            f"a batch of {len(samples)} samples, needs a multiple of micro_batch ({micro_batch}) x data ranks "
+            f"({data_size}) = {width}. Nearest: {', '.join(map(str, nearest))}."
+        )
+    first = data_rank * micro_batch
+    mine = [samples[start + offset] for start in range(first, len(samples), width) for offset in range(micro_batch)]
+    read = [reader.sample(number) for number in mine]
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in read]))
+    tokens = tokens.view(len(samples) // width, micro_batch, reader.order.seq_len + 1)
+    return Batch(
+        tokens_MBS=tokens[..., :-1].contiguous(),
+        labels_MBS=tokens[..., 1:].contiguous(),
+        sample_ids=tuple(mine),
+        document_ids=tuple(sample.document_ids for sample in read),
+    )
