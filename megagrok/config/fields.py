@@ -33,7 +33,6 @@ class Setting:
         return self.default is MISSING
 
 
-@cache
 def settings_of(cls: type) -> Mapping[str, Setting]:
     """The fields of one class by name; their keys are the bare names."""
     hints = typing.get_type_hints(cls)
@@ -52,7 +51,7 @@ def settings_of(cls: type) -> Mapping[str, Setting]:
 
 @cache
 def all_settings() -> Mapping[str, Setting]:
-    """Every key of a run, sections too, in the order of the schema. Items of a list have no number: data.sources.kind."""
+    """Every key of a run, sections too, in the schema's order. Items of a list have no number: data.sources.kind."""
     return {setting.key: setting for setting in _walk(RunConfig, "")}
 
 

@@ -4,6 +4,7 @@ Sources in order, later wins: the files named by `base:`, the file itself, overr
 else: no environment, no search path. Lists are replaced as a whole.
 """
 
+import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def decode_config(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def load_model_config(path: Path, overrides: Sequence[str] = ()) -> ModelConfig:
-    """The `model:` section of a file, which may be a model file or a run.  Raises ConfigError that lists all problems."""
+    """The `model:` section of a file, of a model or of a run.  Raises ConfigError that lists all problems."""
     problems: list[Problem] = []
     tree = _read_tree(path, overrides, problems)
     decoder = Decoder(problems)
@@ -95,7 +96,7 @@ def _read_with_bases(path: Path, inside: tuple[Path, ...], problems: list[Proble
     chain = (*inside, path.resolve())
     merged: Section | None = None
     for name in _base_names(entry, problems):
-        base_path = path.parent / name
+        base_path = Path(os.path.normpath(path.parent / name))
         if base_path.resolve() in chain:
             problems.append(Problem(BASE, f"base: {base_path} is a base of itself", (), entry.place))
             continue

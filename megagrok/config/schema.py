@@ -75,7 +75,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     """Use the embedding table as the output head too."""
     init_std: float = 0.02
-    """Standard deviation of every weight matrix; projections back into the residual stream get / sqrt(2 * num_layers)."""
+    """Standard deviation of every weight; projections back into the residual stream get / sqrt(2 * num_layers)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,131 @@
+"""The `megagrok` command: one function for each subcommand, which puts the rooms together and decides nothing else.
+
+What a subcommand needs beyond configuration and arithmetic is imported inside its function, so that `check` answers on
+a login node without torch. Settings follow the file as key=value, before or after options.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagrok.config import decode_config, explain, is_model_file, load_config, load_model_config
+from megagrok.errors import EXIT_BUG, MegagrokError
+from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand: its line of help, what adds its arguments, and what runs it and returns the exit status."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit status is that of the error it raised, if any (see errors.py)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, *rest = arguments or ["--help"]
+    if name not in COMMANDS:
+        return _usage(name)
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"megagrok {name}", description=command.help, allow_abbrev=False)
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_intermixed_args(rest)
+    try:
+        return command.run(options)
+    except MegagrokError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        print("This is a bug of megagrok.", file=sys.stderr)
+        return EXIT_BUG
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Refuse the run with all its problems, or say what it is."""
+    loaded = decode_config(options.config, options.overrides)
+    require_runnable(loaded, options.world)
+    config = loaded.config
+    layout = config.parallel
+    axes = f"tensor {layout.tensor} x context {layout.context} x pipeline {layout.pipeline} x data {layout.data}"
+    ranks = world_size(layout)
+    print(f"{options.config}: ok. {config.name}, {total_params(config.model):,} parameters, {ranks} rank{'s' if ranks > 1 else ''} = {axes}")
+    return 0
+
+
+def run_describe(options: argparse.Namespace) -> int:
+    """Print the numbers of a model or of a run."""
+    if is_model_file(options.config):
+        description = describe(load_model_config(options.config, options.overrides))
+    else:
+        loaded = decode_config(options.config, options.overrides)
+        require_runnable(loaded)
+        description = describe_run(loaded.config)
+    print(json.dumps(description.to_dict(), indent=2) if options.json else description)
+    return 0
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    """Print what a setting means, and its value and origin in a run."""
+    loaded = None if options.config is None else load_config(options.config, options.overrides)
+    print(explain(options.key, loaded))
+    return 0
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count}, needs at least 1")
+    return count
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the file")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--world", type=_count, metavar="N", help="ranks that will be started")
+
+
+def _add_describe(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--json", action="store_true", help="numbers as JSON instead of a table")
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("key", metavar="KEY", help="setting or section, such as parallel.tensor")
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file whose value to show")
+    _add_overrides(parser)
+
+
+COMMANDS = {
+    "check": Command("Check a run without starting it: every problem at once.", _add_check, run_check),
+    "describe": Command("Parameters, FLOPs and bytes of a model or a run.", _add_describe, run_describe),
+    "explain": Command("What a setting means, and where its value comes from.", _add_explain, run_explain),
+}
+
+
+def _usage(name: str) -> int:
+    width = max(len(command) for command in COMMANDS)
+    lines = [f"  {command:<{width}}  {COMMANDS[command].help}" for command in COMMANDS]
+    text = "\n".join(["usage: megagrok COMMAND ...", "", *lines, "", "megagrok COMMAND --help says more."])
+    if name in ("-h", "--help"):
+        print(text)
+        return 0
+    print(f"megagrok: no command {name!r}\n{text}", file=sys.stderr)
+    return 2
