@@ -4,9 +4,7 @@ It is not fast and knows no ranks. Module names spell the global parameter names
 Numbers: weights and the residual stream have the model's dtype; norms, rotary angles, attention scores, router and
 logits are computed in fp32 (in the model's dtype where that is wider, so that fp64 is fp64 throughout).
 
-Losses are SUMS OVER TOKENS, and the two router losses are also sums over layers. A step divides the sum over all its
-micro-batches once, by the number of tokens of the step that have a label; so each loss is a token mean, whatever the
-number of micro-batches. The router sees every token of a call, padding too, and so do its losses.
+Losses are sums over tokens (`megagrok.model.loss`); whoever makes a step of them divides once, as `accumulate` does.
 
 Sources: xai-org/grok-1 model.py; sgl-project/sglang models/grok.py (Grok-2: residual MLP, soft-caps, temperature).
 """
@@ -24,10 +22,8 @@ from torch import Tensor, nn
 from megagrok.config.schema import ModelConfig, MoEConfig
 from megagrok.errors import DataError, ShapeError
 from megagrok.model.init import initial_value
+from megagrok.model.loss import IGNORED_LABEL, balance_loss_sum, cross_entropy_sum, z_loss_sum
 from megagrok.model.names import parameter_shapes
-
-IGNORED_LABEL = -100
-"""A position with this label is not counted in the cross-entropy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +85,6 @@ def temperature(num_positions: int, start: int | None) -> Tensor:
     if start is None:
         return torch.ones(num_positions, dtype=torch.float64)
     return torch.arange(num_positions, dtype=torch.float64).clamp(min=start).log2() / math.log2(start)
-
-
-def balance_loss_sum(p_TE: Tensor, tokens_per_expert_E: Tensor, load_E: Tensor | None, moe: MoEConfig) -> Tensor:
-    """E * sum_e f_e * sum_t p_te: T where all experts are used alike, E * T where one gets all.
-
-    f_e, the share of all choices that went to expert e, carries no gradient. It is measured over this call's tokens
-    ("micro_batch"), or it is load_E, measured over the previous step's whole batch ("global_batch"; uniform if None).
-    Sources: Switch Transformers (Fedus et al. 2021), sec. 2.2; global load: Qiu et al. 2025, arXiv 2501.11873, here one
-    step late, so that the loss is the same for any number of micro-batches and any schedule of them.
-    """
-    if moe.balance_loss == "none":
-        return p_TE.new_zeros(())
-    if moe.balance_loss == "micro_batch":
-        load_E = expert_load(tokens_per_expert_E)
-    elif load_E is None:
-        load_E = p_TE.new_full((moe.num_experts,), 1 / moe.num_experts)
-    return moe.num_experts * (load_E.to(p_TE) * p_TE.sum(dim=0)).sum()
 
 
 class RMSNorm(nn.Module):
@@ -204,9 +183,8 @@ class SparseMoE(nn.Module):
             y_tD = expert(x_TD.index_select(0, token_t)) * weights_TK[token_t, choice_t, None]
             y_TD = y_TD.index_add(0, token_t, y_tD)
         tokens_per_expert_E = experts_TK.flatten().bincount(minlength=self.config.num_experts)
-        balance_sum = balance_loss_sum(probabilities_TE, tokens_per_expert_E, load_E, self.config)
-        z_sum = logits_TE.logsumexp(dim=-1).square().sum()
-        return y_TD.to(x_TD.dtype), Routing(tokens_per_expert_E, balance_sum, z_sum)
+        balance_sum = balance_loss_sum(self.config.balance_loss, probabilities_TE, tokens_per_expert_E, load_E)
+        return y_TD.to(x_TD.dtype), Routing(tokens_per_expert_E, balance_sum, z_loss_sum(logits_TE))
 
 
 class Layer(nn.Module):
@@ -283,16 +261,6 @@ def make_reference(model: ModelConfig, seed: int, dtype: torch.dtype = torch.flo
     values = {name: initial_value(name, model, seed, dtype=dtype) for name in parameter_shapes(model)}
     grok.load_state_dict(values, strict=True, assign=True)
     return grok
-
-
-def expert_load(tokens_per_expert: Tensor) -> Tensor:
-    """Share of a layer's choices that went to each expert, fp64: makes a step's counts the next step's load_LE."""
-    return tokens_per_expert.double() / tokens_per_expert.sum(dim=-1, keepdim=True)
-
-
-def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Sum over the tokens of -log p(label); labels_BS[b, s] is the token after position s, or IGNORED_LABEL."""
-    return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def training_loss_sum(output: Output, labels_BS: Tensor, model: ModelConfig) -> Tensor:
