@@ -13,11 +13,11 @@ from typing import Protocol, TypeAlias, cast
 import torch
 import torch.distributed as dist
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
 class Ranks(Protocol):
-    """One process's view of its peers. `gather`, `barrier` and `any` are collective: all ranks call them, in one order."""
+    """One process's view of its peers. `gather`, `barrier` and `any` are collective: all ranks call them, in order."""
 
     @property
     def rank(self) -> int:

@@ -1,0 +1,62 @@
+"""How megagrok is installed. Versions that are known to work together are pinned in constraints-cpu.txt, not here."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megagrok/__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION is not None, "megagrok/__init__.py has no __version__"
+
+# kernels/ lies at the top of the repository, where its readers look for it, and installs as megagrok.kernels:
+# a package called `kernels` would collide with another project's.
+PACKAGES = find_packages(include=["megagrok", "megagrok.*"])
+PACKAGE_DIR = {}
+if (HERE / "kernels/__init__.py").exists():
+    PACKAGE_DIR["megagrok.kernels"] = "kernels"
+    PACKAGES += ["megagrok.kernels", *(f"megagrok.kernels.{name}" for name in find_packages("kernels"))]
+
+# What every machine needs: settings, plan, data, checkpoints, telemetry.
+CORE = [
+    "datasets>=3",
+    "matplotlib>=3.9",
+    "numpy>=1.26",
+    "pyarrow>=18",
+    "pyyaml>=6",
+    "tokenizers>=0.21",
+    "tqdm>=4.66",
+    "wandb>=0.20",
+    "xxhash>=3",
+]
+
+# The two libraries below are pinned: tests name their lines and signatures, so an upgrade is a change of its own.
+ENGINE = ["megatron-core==0.16.1", "deepspeed==0.19.8"]
+
+setup(
+    name="megagrok",
+    version=VERSION[1],
+    description="Train Grok-2-class mixture-of-experts models on Megatron-core x DeepSpeed x Transformer Engine",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    package_dir=PACKAGE_DIR,
+    install_requires=CORE,
+    extras_require={
+        "cpu": ["torch==2.13.0", *ENGINE],
+        # For NVIDIA's PyTorch container, whose torch, Transformer Engine and Apex must stay as they are. Neither of the
+        # last two is listed: transformer-engine would be rebuilt, and the apex of PyPI is another project's.
+        "gpu": ["torch>=2.8", *ENGINE],
+        "dev": [
+            "hypothesis>=6",
+            "mypy>=1.15",
+            "pre-commit>=4",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+    entry_points={"console_scripts": ["megagrok=megagrok.cli:main"]},
+)
