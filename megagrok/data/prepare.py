@@ -129,7 +129,8 @@ def _prepare_text(config: DataConfig, model_vocab_size: int) -> PreparedData:
         raise DataError("data.tokenizer and data.tokenizer_vocab_size are both null. Give a file, or a size to train.")
     elif config.tokenizer_vocab_size > model_vocab_size:
         raise DataError(
-            f"data.tokenizer_vocab_size = {config.tokenizer_vocab_size:,}, needs <= model.vocab_size = {model_vocab_size:,}"
+            f"data.tokenizer_vocab_size = {config.tokenizer_vocab_size:,}, "
+            f"needs <= model.vocab_size = {model_vocab_size:,}"
         )
     # Found out before the work, not after it.
     dtype_for_vocab(loaded.vocab_size if loaded else config.tokenizer_vocab_size or 0)
@@ -179,7 +180,8 @@ def _prepare_tokens(config: DataConfig, prefix: Path, model_vocab_size: int) -> 
     assert isinstance(largest, int) and isinstance(document, int)
     if largest >= model_vocab_size:
         raise DataError(
-            f"{bin_path(prefix)}: token {largest:,} at document {document:,}, needs < model.vocab_size = {model_vocab_size:,}"
+            f"{bin_path(prefix)}: token {largest:,} at document {document:,}, "
+            f"needs < model.vocab_size = {model_vocab_size:,}"
         )
     return _prepared(prefix, folder, config.held_out_fraction, tokenizer_path, tokenizer_hash)
 
@@ -294,7 +296,7 @@ def _load_hashes(path: Path, file: TokenFile) -> NDArray[np.uint64]:
         raise DataError(f"{path}: damaged ({error}). Delete the folder {path.parent} to build it again.") from error
     if hashes.shape != (file.num_documents,) or hashes.dtype != np.uint64:
         raise DataError(
-            f"{path}: {hashes.dtype} {hashes.shape}, needs one uint64 for each of the {file.num_documents:,} documents of "
-            f"{file.prefix}. Delete the folder {path.parent} to build it again."
+            f"{path}: {hashes.dtype} {hashes.shape}, needs one uint64 for each of the {file.num_documents:,} "
+            f"documents of {file.prefix}. Delete the folder {path.parent} to build it again."
         )
     return np.asarray(hashes, dtype=np.uint64)

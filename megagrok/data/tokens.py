@@ -94,7 +94,7 @@ class TokenFile:
         """Tokens [start, stop) of a document, in the file's dtype; a view of the map, not a copy."""
         length = int(self.lengths[document])
         stop = length if stop is None else stop
-        assert 0 <= document and 0 <= start <= stop <= length, (document, start, stop, length)
+        assert document >= 0 and 0 <= start <= stop <= length, (document, start, stop, length)
         first = int(self._document_starts[document])
         return self._tokens[first + start : first + stop]
 
