@@ -16,7 +16,19 @@ from megagrok.config.schema import BalanceLoss, ModelConfig, MoEConfig
 from megagrok.errors import DataError, ShapeError
 from megagrok.model.loss import IGNORED_LABEL, balance_loss_sum, cross_entropy_sum, expert_load
 from megagrok.model.names import parameter_shapes
-from megagrok.model.reference import Expert, Grok, Layer, SparseMoE, accumulate, make_reference, rotate, temperature, training_loss_sum
+from megagrok.model.reference import (
+    Attention,
+    Expert,
+    Grok,
+    Layer,
+    RMSNorm,
+    SparseMoE,
+    accumulate,
+    make_reference,
+    rotate,
+    temperature,
+    training_loss_sum,
+)
 
 Array = npt.NDArray[np.float64]
 
@@ -468,6 +480,28 @@ def test_the_router_of_a_bf16_model_works_in_fp32(liked: int, next_best: int) ->
         moe.gate.weight[liked, :3] = torch.tensor([19.0, 1.0, 0.0625])  # logit 20.0625; bf16 has 20 and 20.125
     _, routing = moe(torch.ones(1, 20, dtype=torch.bfloat16), None)
     assert routing.tokens_per_expert_E[liked] == 1
+
+
+def test_the_attention_scores_of_a_bf16_model_are_fp32() -> None:
+    """Scores 280.5 and 282.625 share out a token as fp32 tells them apart; bf16 would round them to 280 and 282."""
+    model = replace(SHAPE_286B, hidden=4, num_heads=1, num_kv_heads=1, attention_softcap=None, rope_theta=1e12)
+    attention = Attention(model).to(torch.bfloat16)
+    x = torch.tensor([[[17.0, 33.0, 0.0, 0.0], [17.0, 33.25, 1.0, 0.0]]], dtype=torch.bfloat16)
+    with torch.no_grad():
+        for matrix in attention.parameters():
+            matrix.zero_()
+        # Element 1 of a head hardly turns at this theta, so the score is q * k / 2 in it.
+        attention.q_proj.weight[1, 0] = attention.k_proj.weight[1, 1] = attention.v_proj.weight[0, 2] = 1.0
+        attention.o_proj.weight[0, 0] = 1.0
+        share = attention(x)[0, 1, 0].item()
+    assert share == pytest.approx(1 / (1 + math.exp(280.5 - 282.625)), abs=2**-8)
+
+
+def test_the_norm_of_a_bf16_model_rounds_once() -> None:
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
+    exact = RMSNorm(256, 1e-5).double()(x.double())
+    # Half a unit of bf16 in the last place (8 bits), and a little for the fp32 inside.
+    assert ((RMSNorm(256, 1e-5).to(torch.bfloat16)(x).double() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
 
 
 def test_a_load_of_another_shape_is_refused() -> None:
