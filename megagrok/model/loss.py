@@ -40,7 +40,7 @@ def balance_loss_sum(kind: BalanceLoss, p_TE: Tensor, tokens_per_expert_E: Tenso
 
 
 def z_loss_sum(router_logits_TE: Tensor) -> Tensor:
-    """Sum over the tokens of logsumexp(logits)^2, after any soft-cap of the logits (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    """Sum over the tokens of logsumexp(logits)^2, after any soft-cap of them (ST-MoE, Zoph et al. 2022, eq. 5)."""
     return router_logits_TE.logsumexp(dim=-1).square().sum()
 
 
