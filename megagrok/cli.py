@@ -58,7 +58,8 @@ def run_check(options: argparse.Namespace) -> int:
     layout = config.parallel
     axes = f"tensor {layout.tensor} x context {layout.context} x pipeline {layout.pipeline} x data {layout.data}"
     ranks = world_size(layout)
-    print(f"{options.config}: ok. {config.name}, {total_params(config.model):,} parameters, {ranks} rank{'s' if ranks > 1 else ''} = {axes}")
+    counted = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    print(f"{options.config}: ok. {config.name}, {total_params(config.model):,} parameters, {counted} = {axes}")
     return 0
 
 

@@ -32,10 +32,9 @@ WHY_LEAST: Mapping[str, str] = {
 }
 
 # Numbers have to be finite, and: above 0; at least 0; from 0 up to, not including, 1; between 0 and 1.
-ABOVE_ZERO = frozenset(
-    ("rope_theta", "norm_eps", "init_std", "lr", "eps", "embedding_multiplier", "output_multiplier")
-    + ("attention_softcap", "router_softcap", "final_softcap")
-)
+SOFTCAPS = frozenset(("attention_softcap", "router_softcap", "final_softcap"))
+MULTIPLIERS = frozenset(("embedding_multiplier", "output_multiplier"))
+ABOVE_ZERO = SOFTCAPS | MULTIPLIERS | frozenset(("rope_theta", "norm_eps", "init_std", "lr", "eps"))
 NOT_NEGATIVE = frozenset(("balance_coefficient", "z_loss_coefficient", "weight_decay", "clip_norm", "min_lr"))
 BELOW_ONE = frozenset(("beta1", "beta2"))
 BETWEEN = frozenset(("held_out_fraction",))
@@ -117,7 +116,7 @@ def _number(name: str, value: float, key: str) -> Iterator[Problem]:
     if not math.isfinite(value):
         rule = "a finite number"
     elif name in ABOVE_ZERO and value <= 0:
-        rule = "> 0, or null for none" if name.endswith("softcap") else "> 0"
+        rule = "> 0, or null for none" if name in SOFTCAPS else "> 0"
     elif name in NOT_NEGATIVE and value < 0:
         rule = ">= 0"
     elif name in BELOW_ONE and not 0 <= value < 1:

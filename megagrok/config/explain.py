@@ -33,7 +33,7 @@ class Explanation:
 
 
 def explain(key: str, loaded: Loaded | None = None) -> Explanation:
-    """The setting or section `key`, with its values in `loaded` if given.  Raises ConfigError if there is no such key."""
+    """The setting or section `key`, with its values in `loaded` if given.  Raises ConfigError if it is none."""
     schema_key = ".".join(part for part in key.split(".") if not part.isdecimal())
     setting = all_settings().get(schema_key)
     if setting is None:

@@ -95,6 +95,7 @@ def _read_with_bases(path: Path, inside: tuple[Path, ...], problems: list[Proble
     entry = tree.entries[BASE]
     chain = (*inside, path.resolve())
     merged: Section | None = None
+    num_problems = len(problems)
     for name in _base_names(entry, problems):
         base_path = Path(os.path.normpath(path.parent / name))
         if base_path.resolve() in chain:
@@ -103,6 +104,9 @@ def _read_with_bases(path: Path, inside: tuple[Path, ...], problems: list[Proble
         base = _read_with_bases(base_path, chain, problems)
         if base is not None:
             merged = base if merged is None else _merge(merged, base)
+    # Without a base, everything it holds would be reported as missing; the cause alone is told.
+    if any(problem.key in ("", BASE) for problem in problems[num_problems:]):
+        return None
     return own if merged is None else _merge(merged, own)
 
 
@@ -139,7 +143,7 @@ def _override(tree: Section, override: str, written: set[str], problems: list[Pr
     written.add(key)
     node: Node | None = Scalar(None, "", OVERRIDE)
     if text.strip():
-        node = read_text(text, f"{OVERRIDE} {key}", problems, with_lines=False)
+        node = read_text(text, f"{OVERRIDE} {key}", problems, key)
     if node is None:
         return tree
     for name in reversed(names):

@@ -72,8 +72,11 @@ def read_file(path: Path, problems: list[Problem]) -> Section | None:
     return None
 
 
-def read_text(text: str, source: str, problems: list[Problem], *, with_lines: bool = True) -> Node | None:
-    """The tree of YAML text; places are `source`, with line numbers unless the text is one line of no file."""
+def read_text(text: str, source: str, problems: list[Problem], key: str = "") -> Node | None:
+    """The tree of YAML text; None, with a problem appended, if there is none.
+
+    key: where an override puts the text; such text has no lines to tell apart, so places are `source` alone.
+    """
     try:
         root = _BoundedLoader(text).get_single_node()
     except _TooMuch as error:
@@ -81,7 +84,7 @@ def read_text(text: str, source: str, problems: list[Problem], *, with_lines: bo
         return None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{source}:{mark.line + 1}" if mark is not None and with_lines else source
+        where = f"{source}:{mark.line + 1}" if mark is not None and not key else source
         problems.append(Problem("", f"{where}: not valid YAML: {error.problem or error.context}"))
         return None
     except yaml.reader.ReaderError as error:
@@ -91,7 +94,7 @@ def read_text(text: str, source: str, problems: list[Problem], *, with_lines: bo
         problems.append(Problem("", f"{source}: empty, needs at least one setting"))
         return None
     try:
-        return _Walk(source, with_lines, problems).node(root, "", 0)
+        return _Walk(source, not key, problems).node(root, key, 0)
     except _TooMuch as error:
         problems.append(Problem("", f"{source}: {error}"))
         return None

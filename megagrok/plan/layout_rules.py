@@ -34,7 +34,9 @@ def _stage_over_chunks(config: RunConfig) -> Iterator[Problem]:
         return
     layers = config.model.num_layers // parallel.pipeline
     if layers % parallel.virtual_pipeline:
-        text = f"model.num_layers / parallel.pipeline = {layers}, needs a multiple of {key} ({parallel.virtual_pipeline})."
+        text = (
+            f"model.num_layers / parallel.pipeline = {layers}, needs a multiple of {key} ({parallel.virtual_pipeline})."
+        )
         yield Problem(key, text, tuple(fixes(key, divisors(layers, parallel.virtual_pipeline))))
 
 
@@ -80,9 +82,7 @@ def _sequence_over_ranks(config: RunConfig) -> Iterator[Problem]:
     if parallel.context > 1:
         step = 2 * parallel.context
         why = "each context rank takes one early and one late piece, so that the causal work is even"
-        yield from not_a_multiple(
-            key, seq_len, "2 * parallel.context", step, why, fixes(key, multiples(step, seq_len))
-        )
+        yield from not_a_multiple(key, seq_len, "2 * parallel.context", step, why, fixes(key, multiples(step, seq_len)))
     if parallel.sequence:
         step = parallel.tensor * parallel.context
         rule = "parallel.tensor * parallel.context"
@@ -151,14 +151,14 @@ def world_problems(config: RunConfig, ranks: int) -> Iterator[Problem]:
     counts = " or ".join(str(count) for count in multiples(replica, ranks))
     if ranks % replica == 0 and ranks > 0:
         text = (
-            f"world = {ranks} ranks, parallel.tensor * context * pipeline * data = {asked}: start {asked} ranks, or "
+            f"world = {ranks} ranks, parallel.tensor * context * pipeline * data = {asked}: start {asked}, or "
             "change the number of replicas."
         )
         yield Problem("parallel.data", text, (Fix("parallel.data", ranks // replica),))
     else:
         text = (
             f"world = {ranks} ranks, needs a multiple of parallel.tensor * context * pipeline = {replica}: "
-            f"start {asked} ranks, as the layout asks, or {counts} with parallel.data to match"
+            f"start {asked}, as the layout asks, or {counts} with parallel.data to match"
         )
         yield Problem("parallel.data", text)
 
