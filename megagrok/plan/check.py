@@ -61,7 +61,7 @@ def _are_broken(reads: Sequence[str], broken: Sequence[str]) -> bool:
 
 def _that_help(config: RunConfig, world_size: int | None, fixes: Sequence[Fix], num_problems: int) -> tuple[Fix, ...]:
     helpful: list[Fix] = []
-    for fix in fixes:
+    for fix in dict.fromkeys(fixes):
         of_this_key = sum(other.key == fix.key for other in helpful)
         if of_this_key < MOST_ADVICE:
             changed = with_setting(config, fix.key, fix.value)

@@ -6,6 +6,7 @@ expert and tensor parallelism together, tokens have to be split over the tensor 
 dispatched once for every tensor rank.
 """
 
+import math
 from collections.abc import Iterator
 
 from megagrok.config.problems import Fix, Problem
@@ -41,14 +42,15 @@ def _stage_over_chunks(config: RunConfig) -> Iterator[Problem]:
 
 
 def _heads_over_tensor(config: RunConfig) -> Iterator[Problem]:
-    tensor, model = config.parallel.tensor, config.model
-    for key, value, why in (
-        ("model.num_heads", model.num_heads, ""),
-        ("model.num_kv_heads", model.num_kv_heads, "key and value heads are not copied"),
-    ):
-        advice = fixes("parallel.tensor", divisors(value, tensor))
-        more = fixes(key, multiples(tensor, value))
-        yield from not_a_multiple(key, value, "parallel.tensor", tensor, why, advice, more)
+    tensor, heads, kv_heads = config.parallel.tensor, config.model.num_heads, config.model.num_kv_heads
+    advice = fixes("parallel.tensor", divisors(kv_heads, tensor))
+    # Query heads are a multiple of key and value heads, so the first implies the second.
+    if heads % tensor:
+        more = fixes("model.num_heads", multiples(tensor, heads))
+        yield from not_a_multiple("model.num_heads", heads, "parallel.tensor", tensor, "", advice, more)
+    else:
+        why, more = "key and value heads are not copied", fixes("model.num_kv_heads", multiples(tensor, kv_heads))
+        yield from not_a_multiple("model.num_kv_heads", kv_heads, "parallel.tensor", tensor, why, advice, more)
 
 
 def _vocab_over_tensor(config: RunConfig) -> Iterator[Problem]:
@@ -79,14 +81,14 @@ def _sequence_parallel(config: RunConfig) -> Iterator[Problem]:
 
 def _sequence_over_ranks(config: RunConfig) -> Iterator[Problem]:
     parallel, seq_len, key = config.parallel, config.train.seq_len, "train.seq_len"
-    if parallel.context > 1:
-        step = 2 * parallel.context
+    pieces = 2 * parallel.context if parallel.context > 1 else 1
+    shares = parallel.tensor * parallel.context if parallel.sequence else 1
+    advice = fixes(key, multiples(math.lcm(pieces, shares), seq_len))
+    if seq_len % pieces:
         why = "each context rank takes one early and one late piece, so that the causal work is even"
-        yield from not_a_multiple(key, seq_len, "2 * parallel.context", step, why, fixes(key, multiples(step, seq_len)))
-    if parallel.sequence:
-        step = parallel.tensor * parallel.context
-        rule = "parallel.tensor * parallel.context"
-        yield from not_a_multiple(key, seq_len, rule, step, "", fixes(key, multiples(step, seq_len)))
+        yield from not_a_multiple(key, seq_len, "2 * parallel.context", pieces, why, advice)
+    else:
+        yield from not_a_multiple(key, seq_len, "parallel.tensor * parallel.context", shares, "", advice)
 
 
 def _experts_over_ranks(config: RunConfig) -> Iterator[Problem]:
