@@ -135,7 +135,7 @@ def read_commit(folder: Path) -> tuple[Commit, str]:
         commit = commit_from_json(value)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if step_of(folder.name) not in (commit.step, None):
+    if step_of(folder.name.split(".")[0]) not in (commit.step, None):
         raise CheckpointError(f"{path}: is of step {commit.step}, in the folder of another step")
     return commit, digest
 
@@ -165,8 +165,8 @@ def _refuse_constant(name: str) -> JSON:
 
 def commit_from_json(value: JSON) -> Commit:
     """From JSON to types. Raises ValueError for any other form, a gap, an overlap, or an impossible number."""
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        seen = value.get("format") if isinstance(value, dict) else None
+    seen = value.get("format") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or type(seen) is not int or seen != FORMAT:
         raise ValueError(f"format {seen!r}, this build reads {FORMAT}")
     page = _fields(value, "format", "step", "facts", "tensors", "files")
     facts, tensors, files = page["facts"], page["tensors"], page["files"]

@@ -5,7 +5,7 @@ those very bytes become the tensor, so a file that changes under a reader is ref
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -140,45 +140,43 @@ def find_checkpoint(
     Raises CheckpointError if `step` is given and is not there or not sound, and if there are only damaged ones: a run
     that has checkpoints never silently starts from scratch.
     """
-    steps, asides = _agree_on_steps(root, ranks)
-    if step is not None and step not in steps:
-        raise CheckpointError(f"{root} has no checkpoint of step {step}; it has {_list(steps)}")
+    folders = _agree_on_folders(root, ranks)
+    if step is not None and step not in folders:
+        raise CheckpointError(f"{root} has no checkpoint of step {step}; it has {_list(folders)}")
+    # What was set aside is an abandoned future, or all there is if a save died between two renames.
+    current = [other for other, name in folders.items() if not name.endswith(ASIDE)]
     skipped: list[str] = []
-    for candidate in steps if step is None else [step]:
-        commit, problem = _examine(root / step_name(candidate), ranks, verify)
+    for candidate in [step] if step is not None else current or folders:
+        folder = root / folders[candidate]
+        commit, problem = _examine(folder, ranks, verify)
         if commit is not None and problem is None:
-            return Checkpoint(root / step_name(candidate), commit, tuple(skipped))
-        skipped.append(f"{step_name(candidate)}: {problem}")
+            return Checkpoint(folder, commit, tuple(skipped))
+        skipped.append(f"{folder.name}: {problem}")
     if step is not None:
-        others = [other for other in steps if other != step]
-        raise CheckpointError(f"{root}: {skipped[0]}. Other steps here: {_list(others)}")
+        raise CheckpointError(
+            f"{root}: {skipped[0]}. Other steps here: {_list(other for other in folders if other != step)}"
+        )
     if skipped:
         raise CheckpointError(f"{root}: none of {len(skipped)} checkpoints is sound: {'; '.join(skipped)}")
-    if asides:
-        raise CheckpointError(
-            f"{root} has only checkpoints that were set aside: {_list(asides)}. To go on from one, rename "
-            f"{step_name(asides[0])}{ASIDE} to {step_name(asides[0])}; to start afresh, use an empty directory"
-        )
     return None
 
 
-def _agree_on_steps(root: Path, ranks: Ranks) -> tuple[list[int], list[int]]:
-    """All steps that any rank sees, newest first, and those set aside."""
-    report: dict[str, JSON] = {"steps": [], "asides": [], "problem": None}
+def _agree_on_folders(root: Path, ranks: Ranks) -> dict[int, str]:
+    """Folder names by step, newest first: all that any rank sees, and what was set aside where it was not replaced."""
+    report: dict[str, JSON] = {"current": [], "aside": [], "problem": None}
     try:
-        report["steps"] = list(steps_under(root))
-        report["asides"] = list(steps_under(root, ASIDE))
+        report["current"], report["aside"] = steps_under(root), steps_under(root, ASIDE)
     except OSError as error:
         report["problem"] = f"{root}: {error.strerror}"
-    steps: set[int] = set()
-    asides: set[int] = set()
-    for rank, other in enumerate(ranks.gather(report)):
-        assert isinstance(other, dict) and isinstance(other["steps"], list) and isinstance(other["asides"], list)
-        if other["problem"] is not None:
-            raise CheckpointError(f"rank {rank}: {other['problem']}")
-        steps |= {int(str(step)) for step in other["steps"]}
-        asides |= {int(str(step)) for step in other["asides"]}
-    return sorted(steps, reverse=True), sorted(asides, reverse=True)
+    folders: dict[int, str] = {}
+    views = ranks.gather(report)
+    for kind, suffix in (("aside", ASIDE), ("current", "")):
+        for rank, view in enumerate(views):
+            assert isinstance(view, dict) and isinstance(view[kind], list)
+            if view["problem"] is not None:
+                raise CheckpointError(f"rank {rank}: {view['problem']}")
+            folders |= {int(str(step)): step_name(int(str(step))) + suffix for step in view[kind]}
+    return dict(sorted(folders.items(), reverse=True))
 
 
 def _examine(folder: Path, ranks: Ranks, verify: Literal["sizes", "digests"]) -> tuple[Commit | None, str | None]:
@@ -207,5 +205,6 @@ def _examine(folder: Path, ranks: Ranks, verify: Literal["sizes", "digests"]) ->
     return commit, "; ".join(found[:2]) + more
 
 
-def _list(steps: list[int]) -> str:
-    return (", ".join(map(str, steps[:8])) + (", ..." if steps[8:] else "")) or "none"
+def _list(steps: Iterable[int]) -> str:
+    shown = list(map(str, steps))
+    return ", ".join(shown[:8] + ["..."] * (len(shown) > 8)) or "none"

@@ -39,19 +39,19 @@ def set_aside_from(disk: Disk, root: Path, step: int) -> None:
             disk.rename(root / step_name(later), aside)
 
 
-def prune(disk: Disk, root: Path, step: int, keep: int) -> None:
-    """Remove what is older than the `keep` newest complete checkpoints, and what was set aside up to `step`.
+def prune(disk: Disk, root: Path, keep: int) -> None:
+    """Remove what is older than the `keep` newest complete checkpoints, and what was set aside and is replaced.
 
     An incomplete checkpoint counts for nothing, and stays as evidence until it is older than all that are kept.
     """
-    kept = 0
+    kept: list[int] = []
     for older in steps_under(root):
-        if kept >= keep:
+        if len(kept) == keep:
             _remove(disk, root, step_name(older), older)
         elif is_complete(root / step_name(older)):
-            kept += 1
+            kept.append(older)
     for aside in steps_under(root, ASIDE):
-        if aside <= step:
+        if (root / step_name(aside)).exists() or (len(kept) == keep and aside < kept[-1]):
             _remove(disk, root, step_name(aside) + ASIDE, aside)
 
 

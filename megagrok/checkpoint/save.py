@@ -5,11 +5,12 @@ The story of a save, each line a point at which the machine may die:
   2. every rank writes and syncs its own file there;
   3. rank 0 checks over all reports that every tensor is covered exactly once, and writes COMMIT.json;
   4. rank 0 renames step-N.tmp to step-N: before this line the old checkpoint counts, after it the new one;
-  5. only now older ones are pruned. `latest` is for people and scripts; no load reads it.
+  5. only now, with that name synced, older ones are pruned. `latest` is for people and scripts; no load reads it.
 A failure on one rank is told to all between these lines, so all raise the same CheckpointError together.
 
-A run that went back to an earlier step saves steps that exist already. Those of its abandoned future are set aside as
-step-M.aside before line 4, or a later start would take them for the newest; they go when step M is saved again.
+A run that went back to an earlier step saves steps that exist already. This one and those of its abandoned future are
+set aside as step-M.aside before line 4, or a later start would take them for the newest; they go once they are replaced
+or older than all that are kept. A load uses one only if it is asked for that step or if there is nothing else.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -42,7 +43,7 @@ def save_checkpoint(
     facts: what else resuming needs (config, data position, layout, versions), JSON, the same on all ranks; needs
     "run_id", a string.  keep: complete checkpoints to keep, at least 2, this one included.
     Raises CheckpointError, the same on all ranks: nothing is committed then and older checkpoints are as they were,
-    except where the text says that the step is saved. Raises ConfigError for keep < 2.
+    except where the text says that the step is in place. Raises ConfigError for keep < 2.
     """
     return save_through(Disk(), root, step, fragments, facts, ranks=ranks, keep=keep)
 
@@ -74,8 +75,8 @@ def save_through(
     except CheckpointError:
         _discard(disk, folder, ranks)
         raise
-    untidy = f"checkpoint step {step} is saved in {root}, but tidying up after it failed"
-    _together(ranks, untidy, lambda: _tidy(disk, root, step, keep, ranks))
+    in_place = f"checkpoint step {step} is in place in {root}, but syncing its name and pruning older ones failed"
+    _together(ranks, in_place, lambda: _tidy(disk, root, step, keep, ranks))
     return target
 
 
@@ -163,7 +164,6 @@ def _commit(
         disk.write_file(folder / COMMIT_NAME, page)
         set_aside_from(disk, target.parent, step)
         disk.rename(folder, target)
-        disk.sync_directory(target.parent)
     except OSError as error:
         raise disk_failure(folder / COMMIT_NAME, error, len(page)) from error
 
@@ -173,14 +173,15 @@ def _tidy(disk: Disk, root: Path, step: int, keep: int, ranks: Ranks) -> None:
     if ranks.rank != 0:
         return
     try:
+        disk.sync_directory(root)
         disk.write_file(root / "latest", (step_name(step) + "\n").encode())
-        prune(disk, root, step, keep)
+        prune(disk, root, keep)
     except OSError as error:
         raise disk_failure(root / "latest", error) from error
 
 
 def _discard(disk: Disk, folder: Path, ranks: Ranks) -> None:
-    """Remove an unfinished save. What cannot be removed now is cleared by the next one; the first error matters more."""
+    """Remove an unfinished save. The next one clears what cannot be removed now; the first error matters more."""
     try:
         disk.remove(folder / f"rank-{ranks.rank:05d}.safetensors")
     except OSError:

@@ -54,7 +54,7 @@ def disk_failure(path: Path, error: OSError, needed_bytes: int = 0) -> Checkpoin
     """What the operating system said, with the place and, on a full disk, the sizes."""
     text = f"{error.filename or path}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        status = os.statvfs(path.parent)
+        status = os.statvfs(next(folder for folder in path.absolute().parents if folder.exists()))
         free = status.f_bavail * status.f_frsize
         text += (
             f" (this file needs {needed_bytes / 1e6:.1f} MB; {free / 1e6:.1f} MB are free after its part was written)"
@@ -68,7 +68,8 @@ def _bytes(fragment: Fragment) -> int:
 
 def _host_bytes(data: torch.Tensor) -> memoryview:
     """A private copy of the elements in host memory: nothing can change between hashing and writing."""
-    host = data.detach().to("cpu", copy=True).contiguous()
+    # A fresh tensor, for .contiguous() leaves the odd stride of a one-element slice as it is, and view refuses that.
+    host = torch.empty(data.shape, dtype=data.dtype, device="cpu").copy_(data.detach())
     return host.view(torch.uint8).numpy().data
 
 
