@@ -139,6 +139,7 @@ def draw_load_over_steps(records: Sequence[StepRecord]) -> str:
             image = _heat_map(axes, load_ES, highest=highest, span=span)
             axes.set_title(f"Layer {layer}: load of each expert (1 = even share)")
             axes.set_ylabel("expert")
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         figure.colorbar(image, ax=list(grid), pad=0.01, aspect=50)
         below = grid[-1]
         below.plot(*_line(records, _worst_imbalance), color=ORANGE, linewidth=1.2, label="worst layer")

@@ -154,6 +154,8 @@ class WandbTracker:
                 raise wandb.errors.UsageError("no API key; set WANDB_API_KEY or run `wandb login`")
             return self._init("online", run_id)
         except wandb.errors.Error as error:
+            if self._is_off.is_set():
+                raise  # left behind by `finish`: too late to start again
             reason = " ".join(str(error).split())
             logger.warning(
                 "W&B cannot be reached (%s): this run is written offline; upload it with: %s",

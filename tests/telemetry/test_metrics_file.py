@@ -44,6 +44,14 @@ def test_a_run_that_resumes_anywhere_has_each_step_and_evaluation_once(
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path, make_step: MakeStep) -> None:
+    metrics = open_metrics(tmp_path / "metrics.jsonl", last_step=0)
+    for step in range(1, 4):
+        metrics.write(make_step(step))
+        assert len(read_metrics(tmp_path / "metrics.jsonl").steps) == step
+    metrics.close()
+
+
 def test_every_line_is_strict_json_also_after_a_divergence(tmp_path: Path, make_step: MakeStep) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = open_metrics(path, last_step=0)
