@@ -7,7 +7,7 @@ a line every step on a terminal scrolls the start of the run away. The bar is tq
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Never, TextIO
 
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ class Progress:
         self._clock = clock
         self._last_line_at: float | None = None
         self._first: tuple[int, float] | None = None
-        self._bar: tqdm[None] | None = None
+        self._bar: "tqdm[Never] | None" = None
         if stream.isatty():
             self._bar = tqdm(
                 total=total_steps,
