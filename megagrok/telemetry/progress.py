@@ -32,7 +32,7 @@ class Progress:
         self._clock = clock
         self._last_line_at: float | None = None
         self._first: tuple[int, float] | None = None
-        self._bar: "tqdm[Never] | None" = None
+        self._bar: tqdm[Never] | None = None
         if stream.isatty():
             self._bar = tqdm(
                 total=total_steps,
