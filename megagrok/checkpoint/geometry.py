@@ -99,11 +99,8 @@ def cover_problem(shape: Index, pieces: Iterable[Piece]) -> str | None:
         held.sort()
         joined = [held[0]]
         for begin, end in held[1:]:
-            last_begin, last_end = joined[-1]
-            if begin < last_end:
-                return f"elements {begin}..{min(end, last_end)} of the block {_show(box)} are held twice"
-            if begin == last_end:
-                joined[-1] = (last_begin, end)
+            if begin == joined[-1][1]:
+                joined[-1] = (joined[-1][0], end)
             else:
                 joined.append((begin, end))
         for begin, end in joined:

@@ -173,7 +173,7 @@ def _tidy(disk: Disk, root: Path, step: int, keep: int, ranks: Ranks) -> None:
     if ranks.rank != 0:
         return
     try:
-        disk.sync_directory(root)
+        # This syncs the names in root, the new step's too: nothing is pruned before it is there to stay.
         disk.write_file(root / "latest", (step_name(step) + "\n").encode())
         prune(disk, root, keep)
     except OSError as error:

@@ -59,6 +59,7 @@ def test_a_death_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path: Path
             assert isinstance(outcome[0], Stopped)
         found = find_checkpoint(root, ranks=Alone())
         assert found is not None or not before
+        assert all(verify_checkpoint(folder) == [] for folder in root.glob("step-" + "[0-9]" * 8))
         if found is not None:
             whole = [new] * (found.step == step) + ([old[found.step]] if found.step in old else [])
             assert any(same_tensors(read_all(found), tensors) for tensors in whole)
@@ -149,6 +150,13 @@ def test_nothing_gets_its_final_name_before_its_bytes_and_names_are_on_the_mediu
     assert all(step in log for step in order), disk.log
     last_write = max(i for i, (verb, name) in enumerate(disk.log) if (verb, name) == ("write", shard))
     assert last_write < disk.log.index(("sync", shard))
+
+    all_ranks(save_world(tmp_path, 2, make_layout(make_tensors(2), 1, 1)))
+    disk = StoppingDisk(None)
+    all_ranks(save_world(tmp_path, 3, make_layout(make_tensors(3), 1, 1), disks=[disk]))
+    log = iter(disk.log)
+    durable = [("rename", "step-00000003"), ("sync_directory", tmp_path.name), ("rename", "step-00000001.tmp")]
+    assert all(step in log for step in durable), disk.log
 
 
 def broken(layout: Layout, how: str) -> Layout:
