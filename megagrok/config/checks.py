@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from megagrok.config.near import divisors
 from megagrok.config.problems import Fix, Problem, is_secret, shown
 from megagrok.config.schema import DataConfig, ModelConfig, MoEConfig, RunConfig, SourceConfig, TrainConfig
 
@@ -150,9 +151,8 @@ def _model(model: ModelConfig, prefix: str) -> Iterator[Problem]:
     heads, kv_heads = model.num_heads, model.num_kv_heads
     if heads >= 1 and kv_heads >= 1 and heads % kv_heads:
         key = f"{prefix}num_kv_heads"
-        fixes = tuple(Fix(key, value) for value in range(1, heads + 1) if heads % value == 0)
         text = f"{prefix}num_heads = {heads}, needs a multiple of {key} ({kv_heads})."
-        yield Problem(key, text, tuple(sorted(fixes, key=lambda fix: abs(int(str(fix.value)) - kv_heads))[:3]))
+        yield Problem(key, text, tuple(Fix(key, value) for value in divisors(heads, kv_heads)[:3]))
     if model.head_dim >= 1 and model.head_dim % 2:
         key = f"{prefix}head_dim"
         text = f"{key} = {model.head_dim}, needs an even number: rotary positions turn pairs."

@@ -54,6 +54,9 @@ def load_model_config(path: Path, overrides: Sequence[str] = ()) -> ModelConfig:
     tree = _read_tree(path, overrides, problems)
     decoder = Decoder(problems)
     model = None
+    for override in overrides:
+        if not override.startswith("model."):
+            problems.append(Problem("", f"override {shown(override)}: only settings under model are read here"))
     if tree is not None and "model" not in tree.entries:
         problems.append(Problem("model", f"{path}: has no section 'model:'"))
     elif tree is not None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
+from megagrok.config.near import divisors, multiples
 from megagrok.config.problems import Fix, Problem
 from megagrok.config.schema import RunConfig
 from megagrok.plan.batch import num_micro_batches, samples_per_micro_step
-from megagrok.plan.rules import Rule, divisors, fixes, multiples, not_a_multiple
+from megagrok.plan.rules import Rule, fixes, not_a_multiple
 
 _SAMPLES = "train.micro_batch * parallel.data"
 
@@ -92,7 +93,7 @@ def _rates_descend(config: RunConfig) -> Iterator[Problem]:
 _BATCH = ("train.global_batch", "train.micro_batch", "train.batch_ramp", "parallel.data")
 
 BATCH_RULES = (
-    Rule(_BATCH, _batches_over_replicas),
+    Rule((*_BATCH, "parallel.pipeline"), _batches_over_replicas),
     Rule(("train.evaluate_samples", "train.micro_batch", "parallel.data"), _evaluation_over_replicas),
     Rule((*_BATCH, "parallel.pipeline", "parallel.virtual_pipeline"), _micro_batches_over_stages),
     Rule(("train.seq_len", "model.max_positions"), _sequence_fits_model),

@@ -9,10 +9,11 @@ dispatched once for every tensor rank.
 import math
 from collections.abc import Iterator
 
+from megagrok.config.near import divisors, multiples
 from megagrok.config.problems import Fix, Problem
 from megagrok.config.schema import RunConfig
 from megagrok.plan.batch import stage_ranks, world_size
-from megagrok.plan.rules import Rule, divisors, fixes, multiples, not_a_multiple
+from megagrok.plan.rules import Rule, fixes, not_a_multiple
 
 FP8_MULTIPLE = 16
 

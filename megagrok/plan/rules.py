@@ -1,12 +1,10 @@
-"""What a rule of `plan.check` is made of, and the numbers near a number from which rules draw their advice."""
+"""What a rule of `plan.check` is made of."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megagrok.config.problems import Fix, Problem
 from megagrok.config.schema import RunConfig
-
-MOST_CANDIDATES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,19 +13,6 @@ class Rule:
 
     reads: tuple[str, ...]
     find: Callable[[RunConfig], Iterator[Problem]]
-
-
-def divisors(number: int, near: int) -> list[int]:
-    """The divisors of `number`, nearest to `near` first, the larger first of two that are as near."""
-    small = [value for value in range(1, int(number**0.5) + 1) if number % value == 0]
-    every = {*small, *(number // value for value in small)}
-    return sorted(every, key=lambda value: (abs(value - near), -value))[:MOST_CANDIDATES]
-
-
-def multiples(step: int, near: int) -> list[int]:
-    """The multiples of `step` on both sides of `near`, without 0."""
-    below = near // step * step
-    return [value for value in (below, below + step) if value > 0]
 
 
 def not_a_multiple(key: str, value: int, rule: str, step: int, why: str, *fixes: list[Fix]) -> Iterator[Problem]:

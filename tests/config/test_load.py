@@ -104,6 +104,17 @@ def test_a_model_file_is_told_from_a_run(tiny_path: Path) -> None:
     assert load_model_config(model_path, ["model.moe.top_k=1"]).moe.top_k == 1
 
 
+def test_an_override_that_a_model_cannot_read_is_refused(tiny_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"override 'train\.steps=3': only settings under model are read here"):
+        load_model_config(tiny_path, ["train.steps=3"])
+
+
+def test_what_is_missing_is_told_at_the_file_that_has_the_section(tmp_path: Path, tiny_text: str) -> None:
+    path = write(tmp_path, "run.yaml", tiny_text.replace("  seq_len: 32\n", ""))
+    with pytest.raises(ConfigError, match=rf"train\.seq_len is missing: .*\({path}:15\)$"):
+        load_config(path, ["train.steps=3"])
+
+
 def test_plain_data_is_decoded_as_strictly_as_a_file(tiny_path: Path) -> None:
     plain = to_dict(load_config(tiny_path).config)
     plain["train"]["steps"] = True

@@ -93,7 +93,7 @@ OVERRIDES = [
     ("model.moe.top_k=8", "model.moe.top_k = 8, needs <= model.moe.num_experts (4). Fix: model.moe.top_k = 4."),
     (
         "model.num_kv_heads=3",
-        "model.num_heads = 4, needs a multiple of model.num_kv_heads (3). Fix: model.num_kv_heads in {2, 4, 1}.",
+        "model.num_heads = 4, needs a multiple of model.num_kv_heads (3). Fix: model.num_kv_heads in {4, 2, 1}.",
     ),
     (
         "model.num_kv_heads=8",

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrok.config import Loaded, RunConfig, decode_config, load_config
-from megagrok.config.fields import all_settings
+from megagrok.config.fields import all_settings, without_null
 from megagrok.errors import ConfigError
-from megagrok.plan import check, require_runnable, with_setting, world_size
+from megagrok.plan import check, describe_run, require_runnable, with_setting, world_size
 from megagrok.plan.check import RULES
 
 RUNS = Path(__file__).parents[2] / "configs" / "run"
@@ -61,7 +61,7 @@ REFUSALS: list[tuple[RunConfig, dict[str, object], str]] = [
     (
         QUICK,
         {"model.num_kv_heads": 4},
-        "model.num_heads = 6, needs a multiple of model.num_kv_heads (4). Fix: model.num_kv_heads in {2, 6}.",
+        "model.num_heads = 6, needs a multiple of model.num_kv_heads (4). Fix: model.num_kv_heads in {6, 2}.",
     ),
     (
         QUICK,
@@ -276,6 +276,18 @@ def test_a_refusal_tells_where_each_setting_was_written() -> None:
 
 def test_every_rule_names_settings_that_exist() -> None:
     assert {key for rule in RULES for key in rule.reads} <= set(all_settings())
+
+
+NUMBERS = [key for key, setting in all_settings().items() if without_null(setting.annotation) in (int, float)]
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "9007199254740992"])
+@pytest.mark.parametrize("key", [key for key in NUMBERS if key.split(".")[1] not in ("batch_ramp", "sources")])
+def test_no_number_makes_the_check_fail_or_wander(key: str, value: str) -> None:
+    # A rule whose `reads` forgets a setting divides by 0 here; an unbounded search would not end.
+    config = decode_config(RUNS / "pretrain-286b.yaml", [f"{key}={value}"]).config
+    if not check(config, 512):
+        describe_run(config)
 
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 8])
