@@ -1,0 +1,1 @@
+"""The engine: Megatron's schedules forward and backward, DeepSpeed's reduction, clipping and step, one door to both."""

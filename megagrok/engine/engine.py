@@ -1,0 +1,275 @@
+"""One training engine with few handles, each a verb: forward_backward, update, evaluate, state out, state in.
+
+Megatron-core runs the micro-batches through the pipeline; DeepSpeed reduces, clips and steps. Foreign types stop here.
+
+The loss is a sum over tokens. It is divided once, by the number of tokens of the whole step, through Megatron's
+`grad_scale_func`, which scales the last stage's loss and the routers' auxiliary losses alike. DeepSpeed averages over
+the data ranks where a sum is due, so the scale carries their number.
+"""
+
+# M micro-batches of this data rank, B micro-batch, S sequence, s this rank's positions, L layers, E experts
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megagrok.checkpoint import Checkpoint, Fragment
+from megagrok.config.schema import RunConfig
+from megagrok.data.batches import Batch
+from megagrok.engine.gradients import global_norm, sum_over_tensor_ranks, sum_tied_embeddings
+from megagrok.engine.optimizer import make_deepspeed_engine, set_step_count, shards
+from megagrok.engine.state import GRADIENT, cut, is_spoken_for, load_state, router_fragments, shard_fragments
+from megagrok.model.grok import GrokModel
+from megagrok.model.loss import IGNORED_LABEL, expert_load
+from megagrok.model.parts import LocalParameter, fill_initial_values, local_parameters
+from megagrok.model.transformer_config import GrokTransformerConfig, make_transformer_config
+from megagrok.parallel.context import context_positions
+from megagrok.parallel.groups import ProcessGroups
+from megagrok.platform import Platform, check_precision
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """Sums over the whole step, equal on all ranks. Divide the first three by num_tokens."""
+
+    ce_sum: float
+    balance_sum: float
+    z_sum: float
+    num_tokens: int
+    tokens_per_expert_LE: Tensor
+    """Choices of each expert, int64, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one optimizer step did; equal on all ranks."""
+
+    grad_norm: float
+    clip_coefficient: float
+    is_applied: bool
+    """False if the gradient was not finite: then no rank moved a weight."""
+
+
+class Engine:
+    """The model on this rank and its optimizer. Made by `build_engine`; every method is collective over all ranks."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        groups: ProcessGroups,
+        platform: Platform,
+        config: GrokTransformerConfig,
+        chunks: list[GrokModel],
+        parameters: list[LocalParameter],
+    ) -> None:
+        self._run, self._groups, self._platform, self._config = run, groups, platform, config
+        self._chunks, self._parameters = chunks, parameters
+        self._deepspeed = make_deepspeed_engine(nn.ModuleList(chunks), parameters, run, groups)
+        self._optimizer = self._deepspeed.optimizer
+        self._is_bf16 = isinstance(self._optimizer, BF16_Optimizer)
+        if run.parallel.zero and not self._is_bf16:
+            # Its backward hooks would reduce each micro-batch on its own; `reduce_gradients` does it once a step.
+            for hook in self._optimizer._grad_acc_hooks:
+                hook.remove()
+        self._pending_load_LE: Tensor | None = None
+
+    def forward_backward(self, batch: Batch) -> StepTotals:
+        """Run all micro-batches through the pipeline and back. Gradients of the step's mean loss are then in place,
+        not yet reduced. Raises nothing on a loss that is not finite: `update` looks at that."""
+        num_tokens = self._count_tokens(batch)
+        scale = dist.get_world_size(self._groups.data) / num_tokens
+        self._config.grad_scale_func = lambda loss: loss * scale
+        losses = self._run_schedule(batch, forward_only=False)
+        totals = self._reduce_totals(losses, num_tokens)
+        self._pending_load_LE = expert_load(totals.tokens_per_expert_LE)
+        return totals
+
+    def update(self, lr: float) -> Update:
+        """Reduce the gradients, clip by the true global norm, step. Leaves no gradient behind."""
+        self.reduce_gradients()
+        return self.step(lr)
+
+    def reduce_gradients(self) -> None:
+        """Make the gradients whole: over tensor ranks, tied embeddings, then data and expert-data ranks."""
+        sum_over_tensor_ranks(self._parameters, self._groups, self._gradient_of)
+        if self._run.model.tied_embeddings:
+            sum_tied_embeddings(self._parameters, self._groups, self._gradient_of)
+        if self._run.parallel.zero == 0 or self._is_bf16:
+            self._deepspeed.buffered_allreduce_fallback()
+        else:
+            self._optimizer.set_gradient_accumulation_boundary(True)
+            self._optimizer.reduce_gradients(pipeline_parallel=True)
+
+    def step(self, lr: float) -> Update:
+        """Clip and step with gradients that `reduce_gradients` has made whole."""
+        for group in self._deepspeed.basic_optimizer.param_groups:
+            group["lr"] = lr
+        update = self._step_unsharded() if self._run.parallel.zero == 0 else self._step_sharded()
+        if update.is_applied and self._pending_load_LE is not None:
+            for chunk in self._chunks:
+                for layer in chunk.decoder.layers:
+                    layer.mlp.router.load_E.copy_(self._pending_load_LE[layer.layer_number - 1])
+        self._pending_load_LE = None
+        return update
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """Sum of the cross-entropy over the batch's tokens and their number, without gradients."""
+        for chunk in self._chunks:
+            chunk.eval()
+        losses = self._run_schedule(batch, forward_only=True)
+        for chunk in self._chunks:
+            chunk.train()
+        totals = self._reduce_totals(losses, self._count_tokens(batch))
+        return totals.ce_sum, totals.num_tokens
+
+    def state_fragments(self) -> Iterator[Fragment]:
+        """Everything a resumed run needs of the engine; over all ranks each element comes exactly once."""
+        held = shards(self._deepspeed, self._parameters)
+        return chain(
+            shard_fragments(held, self._run.model, self._groups, zero=self._run.parallel.zero),
+            router_fragments(self._chunks, self._groups),
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of a checkpoint of this model, written by any layout. Raises CheckpointError."""
+        load_state(checkpoint, self._parameters, shards(self._deepspeed, self._parameters), self._chunks)
+        set_step_count(self._deepspeed, checkpoint.step)
+
+    def gradient_fragments(self) -> Iterator[Fragment]:
+        """Reduced gradients, between `reduce_gradients` and `step`; over all ranks each element comes exactly once."""
+        for shard in shards(self._deepspeed, self._parameters):
+            if not is_spoken_for(shard.owner, self._groups, zero=self._run.parallel.zero):
+                continue
+            values = self._reduced_gradient(shard.owner.parameter)
+            if values.numel() == shard.owner.parameter.numel():
+                values = values[shard.begin : shard.end]
+            yield from cut(GRADIENT, shard.owner, shard.begin, shard.end, values, self._run.model)
+
+    def _run_schedule(self, batch: Batch, *, forward_only: bool) -> list[Tensor]:
+        """Megatron's schedule over the micro-batches; on the last stage the loss sum of each."""
+        tokens_MBS = batch.tokens_MBS.to(self._platform.device)
+        labels_MBS = batch.labels_MBS.to(self._platform.device)
+        num_micro_batches, micro_batch, seq_len = tokens_MBS.shape
+        place, topology = self._groups.coordinates, self._groups.topology
+        positions_s = context_positions(seq_len, place.context, topology.context).to(self._platform.device)
+        micro_batches = list(zip(tokens_MBS[:, :, positions_s], labels_MBS[:, :, positions_s], strict=True))
+
+        def forward_step(micro_batch_iterator: Iterator[tuple[Tensor, Tensor]], chunk: GrokModel):  # type: ignore[no-untyped-def]
+            tokens_Bs, labels_Bs = next(micro_batch_iterator)
+            return chunk(tokens_Bs, labels_Bs, positions_s), _sum_losses
+
+        run_schedule = get_forward_backward_func()
+        losses: list[Tensor] = run_schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=num_micro_batches,
+            seq_length=seq_len,
+            micro_batch_size=micro_batch,
+            forward_only=forward_only,
+        )
+        return losses
+
+    def _count_tokens(self, batch: Batch) -> int:
+        """Labels of the step that count, over all data ranks. The data ranks' batches differ; context ranks share."""
+        counted = (batch.labels_MBS != IGNORED_LABEL).sum().to(self._platform.device)
+        dist.all_reduce(counted, group=self._groups.data)
+        return int(counted) // self._groups.topology.context
+
+    def _reduce_totals(self, losses: list[Tensor], num_tokens: int) -> StepTotals:
+        """One collective: loss of the last stage, statistics of every layer's router."""
+        model = self._run.model
+        num_layers, num_experts = model.num_layers, model.moe.num_experts
+        packed = torch.zeros(3 + num_layers * num_experts, dtype=torch.float64, device=self._platform.device)
+        if self._groups.is_last_stage and self._groups.coordinates.tensor == 0:
+            packed[0] = torch.stack(losses).double().sum()
+        counts_LE = packed[3:].view(num_layers, num_experts)
+        for chunk in self._chunks:
+            for layer in chunk.decoder.layers:
+                routed = layer.mlp.take_totals()
+                packed[1] += routed.balance_sum
+                packed[2] += routed.z_sum
+                counts_LE[layer.layer_number - 1] = routed.tokens_per_expert_E
+        dist.all_reduce(packed)
+        on_host = packed.cpu()
+        ce_sum, balance_sum, z_sum = on_host[:3].tolist()
+        return StepTotals(ce_sum, balance_sum, z_sum, num_tokens, on_host[3:].view(num_layers, num_experts).long())
+
+    def _step_unsharded(self) -> Update:
+        norm = float(global_norm(self._parameters, self._groups, self._gradient_of))
+        is_finite = norm < float("inf")
+        coefficient = self._clip_coefficient(norm)
+        if is_finite:
+            if coefficient < 1:
+                torch._foreach_mul_([self._gradient_of(item.parameter) for item in self._parameters], coefficient)
+            self._deepspeed.step()
+        self._deepspeed.zero_grad()
+        return Update(norm, coefficient, is_finite)
+
+    def _step_sharded(self) -> Update:
+        """DeepSpeed computes the norm, refuses to step if it is not finite, clips, steps, and gathers the weights."""
+        self._deepspeed.step()
+        norm = float(self._optimizer._global_grad_norm)
+        is_applied = not self._optimizer.overflow
+        return Update(norm if is_applied else float("nan"), self._clip_coefficient(norm), is_applied)
+
+    def _clip_coefficient(self, norm: float) -> float:
+        limit = self._run.optimizer.clip_norm
+        return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
+        """Where the step's gradient has been accumulated: in fp32, also for bf16 weights."""
+        gradient: Tensor | None = parameter._hp_grad if self._is_bf16 else parameter.grad  # type: ignore[attr-defined]
+        assert gradient is not None
+        return gradient
+
+    def _reduced_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The reduced gradient, flat: this rank's shard of it, or all of it where DeepSpeed keeps all."""
+        if self._run.parallel.zero == 0 or self._is_bf16:
+            return self._gradient_of(parameter).flatten()
+        fragment: Tensor = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
+        return fragment.flatten()
+
+
+def build_engine(run: RunConfig, groups: ProcessGroups, platform: Platform) -> Engine:
+    """Build this rank's part of the model with its initial weights, and its optimizer. Collective over all ranks.
+
+    Raises MachineError if the device cannot do the precision.
+    """
+    check_precision(platform, run.train.precision)
+    torch.use_deterministic_algorithms(run.train.deterministic)
+    config = make_transformer_config(run, groups, platform)
+    chunks = _build_chunks(config, run, groups, platform)
+    parameters = [item for chunk in chunks for item in local_parameters(chunk)]
+    fill_initial_values(parameters, run.model, run.train.seed)
+    return Engine(run, groups, platform, config, chunks, parameters)
+
+
+def _build_chunks(
+    config: GrokTransformerConfig, run: RunConfig, groups: ProcessGroups, platform: Platform
+) -> list[GrokModel]:
+    """One chunk, or one for each virtual stage; the model begins in the first stage's first, ends in the last's last."""
+    num_chunks = run.parallel.virtual_pipeline
+    chunks = []
+    for number in range(num_chunks):
+        chunk = GrokModel(
+            config,
+            pre_process=groups.is_first_stage and number == 0,
+            post_process=groups.is_last_stage and number == num_chunks - 1,
+            vp_stage=number if num_chunks > 1 else None,
+        )
+        chunks.append(chunk.to(device=platform.device, dtype=config.params_dtype))
+    return chunks
+
+
+def _sum_losses(losses_sB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's loss function: the sum, a token count it does not use, and a copy to report (it scales the first)."""
+    loss_sum = losses_sB.sum()
+    return loss_sum, torch.zeros((), dtype=torch.int, device=losses_sB.device), loss_sum.detach().clone()

@@ -1,0 +1,42 @@
+"""RMSNorm as Megatron's ModuleSpecs want it, and Grok's post-norm residual, which takes the place of bias-dropout-add."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagrok.model.transformer_config import GrokTransformerConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in x's dtype.
+
+    Under sequence parallelism each tensor rank norms other positions, so the gain's gradient is a part of the whole;
+    the tag `sequence_parallel` asks the engine to sum it.
+    """
+
+    def __init__(self, config: GrokTransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return F.rms_norm(x_D.float(), self.weight.shape, self.weight.float(), self.eps).to(x_D.dtype)
+
+
+class PostNormResidual(nn.Module):
+    """residual + RMSNorm(sub-block output). Stands in TransformerLayer's bias-dropout-add slots, which call it twice:
+    first with (training, fused), then the returned function with ((output, bias), residual, dropout)."""
+
+    def __init__(self, config: GrokTransformerConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:
+        return self._add
+
+    def _add(self, output: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+        added: Tensor = residual + self.norm(output[0])
+        return added

@@ -1,0 +1,106 @@
+"""The only file that knows CPU from GPU: device, collective backend, waiting, peak FLOP/s.
+
+It is asked once, at start, and handed down. Importing it touches no device.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megagrok.errors import MachineError
+
+# Dense peak FLOP/s by the name that the driver reports (NVIDIA data sheets, without sparsity): bf16, fp8.
+_PEAK_FLOPS = {
+    "H100 PCIe": (756e12, 1513e12),
+    "H100 NVL": (835e12, 1671e12),
+    "H100": (989.4e12, 1978.9e12),
+    "H200": (989.4e12, 1978.9e12),
+    "H800": (989.4e12, 1978.9e12),
+    "A100": (312e12, 0.0),
+    "B200": (2250e12, 4500e12),
+}
+_FP8_CAPABILITY = (8, 9)
+_BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this rank computes. `backend` is the name torch.distributed knows it by."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """True where tensors live on an NVIDIA GPU."""
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Return when all work queued on the device is done. Clocks are read after this."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def describe(self) -> str:
+        """The device in words, for reports."""
+        if self.is_cuda:
+            return f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}"
+        return f"CPU, {torch.get_num_threads()} thread(s) a rank"
+
+
+def find_platform(local_rank: int = 0) -> Platform:
+    """The GPU numbered `local_rank` where there are GPUs, else the CPU. Asked once per process, before groups exist."""
+    if not torch.cuda.is_available():
+        return Platform(torch.device("cpu"), "gloo")
+    if local_rank >= torch.cuda.device_count():
+        raise MachineError(
+            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}. "
+            f"Start at most {torch.cuda.device_count()} ranks per node."
+        )
+    torch.cuda.set_device(local_rank)
+    return Platform(torch.device("cuda", local_rank), "nccl")
+
+
+def check_precision(platform: Platform, precision: str) -> None:
+    """Refuse a precision that this device or its libraries cannot do. Raises MachineError."""
+    if precision == "fp32" or (precision == "bf16" and not platform.is_cuda):
+        return
+    if not platform.is_cuda:
+        raise MachineError(
+            "train.precision = fp8, needs an NVIDIA GPU of compute capability 8.9 or newer (Hopper: 9.0) with "
+            "Transformer Engine; this machine computes on the CPU. Fix: train.precision=bf16 or fp32."
+        )
+    capability = torch.cuda.get_device_capability(platform.device)
+    needed = _FP8_CAPABILITY if precision == "fp8" else _BF16_CAPABILITY
+    if capability < needed:
+        name = torch.cuda.get_device_name(platform.device)
+        raise MachineError(
+            f"train.precision = {precision}, needs compute capability >= {needed[0]}.{needed[1]}; "
+            f"{name} has {capability[0]}.{capability[1]}. Fix: train.precision={'bf16' if precision == 'fp8' else 'fp32'}."
+        )
+
+
+def peak_flops_per_second(platform: Platform, precision: str) -> float:
+    """Peak of one rank: the data sheet's on a known GPU, a measured square matmul on the CPU.
+
+    Raises MachineError for a GPU that is not in the table: a wrong peak would make every MFU a lie.
+    """
+    if not platform.is_cuda:
+        return _measure_matmul_flops(torch.float32)
+    name = torch.cuda.get_device_name(platform.device)
+    for known in sorted(_PEAK_FLOPS, key=len, reverse=True):
+        if known in name:
+            bf16, fp8 = _PEAK_FLOPS[known]
+            return fp8 if precision == "fp8" else bf16
+    raise MachineError(f"no peak FLOP/s known for {name!r}; known: {', '.join(_PEAK_FLOPS)}. Add it to platform.py.")
+
+
+def _measure_matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
+    """Best of a few square matmuls, so that a busy machine does not lower the peak and flatter the MFU."""
+    a = torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
