@@ -141,6 +141,10 @@ def test_a_file_that_changes_after_it_was_found_is_refused_at_the_read(
         path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="digest"):
         read_all(found)
+    for rank in range(2):
+        os.truncate(found.path / f"rank-{rank:05d}.safetensors", 100)
+    with pytest.raises(CheckpointError, match=r"rank-0000.\.safetensors: has 100 bytes"):
+        read_all(found)
 
 
 def test_a_file_that_changes_during_reads_gives_the_right_bytes_or_an_error(

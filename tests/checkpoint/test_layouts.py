@@ -14,6 +14,7 @@ from safetensors import safe_open
 from megagrok.checkpoint import Fragment
 from megagrok.checkpoint import load as loading
 from megagrok.errors import CheckpointError, ShapeError
+from megagrok.parallel.ranks import JSON
 from tests.checkpoint.worlds import (
     DTYPES,
     all_ranks,
@@ -103,7 +104,12 @@ def test_what_is_read_is_the_callers_to_change(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_brings_back_its_facts_step_and_names(tmp_path: Path) -> None:
-    facts = {"run_id": "a7", "config": {"lr": 1e-4, "steps": [1, None, True]}, "consumed_samples": 1 << 50, "ß": "é"}
+    facts: dict[str, JSON] = {
+        "run_id": "a7",
+        "config": {"lr": 1e-4, "steps": [1, None, True]},
+        "consumed_samples": 1 << 50,
+        "ß": "é",
+    }
     tensors = make_tensors(1)
     all_ranks(save_world(tmp_path, 120, make_layout(tensors, 2, 1), facts=facts))
     checkpoint = find(tmp_path)
