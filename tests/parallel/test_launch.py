@@ -111,18 +111,19 @@ def test_a_result_that_cannot_be_sent_is_its_ranks_failure() -> None:
         run_ranks(unsendable, 2)
 
 
-def last_words_in_a_pair(ranks: Ranks) -> float:
+def last_words_in_a_pair(ranks: Ranks) -> tuple[float, bool]:
     pair = dist.new_group([1, 2])
+    pids = ranks.gather(os.getpid())
     if ranks.rank == 0:
-        return 0.0
+        return 0.0, True
     time.sleep(0.5)
     total = torch.ones(1)
     dist.all_reduce(total, group=pair)
-    return total.item()
+    return total.item(), is_alive(pids[0])
 
 
-def test_a_rank_that_is_done_does_not_disturb_those_that_are_not() -> None:
-    assert run_ranks(last_words_in_a_pair, 3) == [0.0, 2.0, 2.0]
+def test_a_rank_that_is_done_stays_connected_until_all_are() -> None:
+    assert run_ranks(last_words_in_a_pair, 3) == [(0.0, True), (2.0, True), (2.0, True)]
 
 
 # Which failure is told
@@ -351,7 +352,11 @@ def test_ranks_do_not_outlive_a_parent_that_was_killed(tmp_path: Path) -> None:
     pids = rank_pids(tmp_path)
     process.kill()
     finish(process)
-    wait_for(lambda: not any(map(is_alive, pids)), seconds=5)
+    try:
+        wait_for(lambda: not any(map(is_alive, pids)), seconds=5)
+    finally:
+        for pid in filter(is_alive, pids):
+            os.kill(pid, signal.SIGKILL)
     for leftover in Path(tempfile.gettempdir()).glob("megagrok-ranks-*"):  # a killed parent cannot tidy up
         (leftover / "rendezvous").unlink()
         leftover.rmdir()
