@@ -33,6 +33,19 @@ CORE = [
 # The two libraries below are pinned: tests name their lines and signatures, so an upgrade is a change of its own.
 ENGINE = ["megatron-core==0.16.1", "deepspeed==0.19.8"]
 
+# What tests and checks need besides.
+DEV = [
+    "hypothesis>=6",
+    "mypy>=1.15",
+    "pre-commit>=4",
+    "pytest-xdist>=3.6",
+    "pytest>=8",
+    "ruff>=0.12",
+    "safetensors>=0.5",
+    "types-PyYAML",
+    "types-tqdm",
+]
+
 setup(
     name="megagrok",
     version=VERSION[1],
@@ -47,16 +60,7 @@ setup(
         # For NVIDIA's PyTorch container, whose torch, Transformer Engine and Apex must stay as they are. Neither of the
         # last two is listed: transformer-engine would be rebuilt, and the apex of PyPI is another project's.
         "gpu": ["torch>=2.8", *ENGINE],
-        "dev": [
-            "hypothesis>=6",
-            "mypy>=1.15",
-            "pre-commit>=4",
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "ruff>=0.12",
-            "types-PyYAML",
-            "types-tqdm",
-        ],
+        "dev": DEV,
     },
     entry_points={"console_scripts": ["megagrok=megagrok.cli:main"]},
 )

@@ -144,6 +144,26 @@ def canonical(distribution: str) -> str:
     return re.sub("[-_.]+", "-", distribution).lower()
 
 
+def imported_distributions(sources: list[Source]) -> set[str]:
+    """What to install for the imports of `sources`, by name."""
+    distributions = packages_distributions()
+    tops = {use.name.split(".")[0] for source in sources for use in uses(source) if use.is_import}
+    beside = {"tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    foreign = tops - set(sys.stdlib_module_names) - {"megagrok"} - PRESENT_ON_GPU_MACHINES - beside
+    return {canonical(name) for top in foreign for name in distributions.get(top, [f"{top} (not installed)"])}
+
+
+def listed_distributions(*lists: str) -> set[str]:
+    """The names in some lists of setup.py."""
+    return {
+        canonical(re.split("[=<>]", constant.value)[0])
+        for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and dotted_name(node.targets[0]) in lists
+        for constant in ast.walk(node.value)
+        if isinstance(constant, ast.Constant)
+    }
+
+
 def downward_imports(source: Source) -> list[str]:
     here = room(source.module)
     if here is None:
@@ -225,18 +245,13 @@ def test_every_folder_of_the_house_is_a_package_that_an_installation_takes_along
 
 
 def test_setup_lists_the_libraries_that_are_imported_and_no_others() -> None:
-    distributions = packages_distributions()
-    tops = {use.name.split(".")[0] for source in HOUSE for use in uses(source) if use.is_import}
-    foreign = tops - set(sys.stdlib_module_names) - {"megagrok"} - PRESENT_ON_GPU_MACHINES
-    imported = {canonical(name) for top in foreign for name in distributions.get(top, [f"{top} (not installed)"])}
-    listed = {
-        canonical(re.split("[=<>]", constant.value)[0])
-        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
-        if isinstance(node, ast.Assign) and dotted_name(node.targets[0]) in ("CORE", "ENGINE")
-        for constant in ast.walk(node.value)
-        if isinstance(constant, ast.Constant)
-    } | {"torch"}
+    imported, listed = imported_distributions(HOUSE), listed_distributions("CORE", "ENGINE") | {"torch"}
     assert imported == listed, f"not listed: {sorted(imported - listed)}; not imported: {sorted(listed - imported)}"
+
+
+def test_setup_lists_what_the_tests_import() -> None:
+    unlisted = imported_distributions(SOURCES) - listed_distributions("CORE", "ENGINE", "DEV") - {"torch", "setuptools"}
+    assert not unlisted, f"not in setup.py: {sorted(unlisted)}"
 
 
 def test_no_import_goes_round_in_a_circle() -> None:
