@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrok.config import decode_config, explain, is_model_file, load_config, load_model_config
-from megagrok.errors import EXIT_BUG, MegagrokError
+from megagrok.errors import EXIT_BUG, CheckpointError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
 
 
@@ -82,6 +82,41 @@ def run_explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_train(options: argparse.Namespace) -> int:
+    """Train a configuration, from its newest checkpoint if its run has one."""
+    return _train(options.config, options.overrides)
+
+
+def run_resume(options: argparse.Namespace) -> int:
+    """Go on with a run as it was last started, with some settings changed."""
+    from megagrok.train.files import RunFiles
+
+    files = RunFiles(options.run)
+    if not files.config.exists():
+        raise CheckpointError(f"{options.run} is not the folder of a run: it has no {files.config.name}")
+    return _train(files.config, options.overrides)
+
+
+def _train(config: Path, overrides: Sequence[str]) -> int:
+    loaded = decode_config(config, overrides)
+    require_runnable(loaded)
+    from megagrok.train.start import start_training
+
+    start_training(loaded.config)
+    return 0
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """Print the text that follows a prompt."""
+    from megagrok.train.files import RunFiles
+    from megagrok.train.generate import Sampling, generate_from_run
+
+    sampling = Sampling(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+    text = generate_from_run(RunFiles(options.run), options.prompt, sampling, step=options.step)
+    print(options.prompt + text)
+    return 0
+
+
 def _count(text: str) -> int:
     count = int(text)
     if count < 1:
@@ -114,7 +149,24 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser)
 
 
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
+    _add_overrides(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--max-tokens", type=_count, default=120, metavar="N", help="tokens to write at the most")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed writes the same text")
+    parser.add_argument("--step", type=_count, metavar="N", help="checkpoint to use instead of the newest")
+
+
 COMMANDS = {
+    "train": Command("Train, or go on training, on this machine or as a rank.", _add_config, run_train),
+    "resume": Command("Go on with a run as it was last started.", _add_resume, run_resume),
+    "generate": Command("Text from a run's checkpoint.", _add_generate, run_generate),
     "check": Command("Check a run without starting it: every problem at once.", _add_check, run_check),
     "describe": Command("Parameters, FLOPs and bytes of a model or a run.", _add_describe, run_describe),
     "explain": Command("What a setting means, and where its value comes from.", _add_explain, run_explain),

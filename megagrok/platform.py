@@ -48,10 +48,13 @@ class Platform:
         return f"CPU, {torch.get_num_threads()} thread(s) a rank"
 
 
+CPU = Platform(torch.device("cpu"), "gloo")
+
+
 def find_platform(local_rank: int = 0) -> Platform:
     """The GPU numbered `local_rank` where there are GPUs, else the CPU. Asked once per process, before groups exist."""
     if not torch.cuda.is_available():
-        return Platform(torch.device("cpu"), "gloo")
+        return CPU
     if local_rank >= torch.cuda.device_count():
         raise MachineError(
             f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}. "
@@ -81,12 +84,14 @@ def check_precision(platform: Platform, precision: str) -> None:
 
 
 def peak_flops_per_second(platform: Platform, precision: str) -> float:
-    """Peak of one rank: the data sheet's on a known GPU, a measured square matmul on the CPU.
+    """Peak of one rank: the data sheet's on a known GPU; on the CPU the rate of square fp32 matmuls over half a second.
+
+    Ranks that share a CPU's cores call it at the same time: then their peaks add up to the machine's.
 
     Raises MachineError for a GPU that is not in the table: a wrong peak would make every MFU a lie.
     """
     if not platform.is_cuda:
-        return _measure_matmul_flops(torch.float32)
+        return _measure_matmul_flops()
     name = torch.cuda.get_device_name(platform.device)
     for known in sorted(_PEAK_FLOPS, key=len, reverse=True):
         if known in name:
@@ -95,12 +100,10 @@ def peak_flops_per_second(platform: Platform, precision: str) -> float:
     raise MachineError(f"no peak FLOP/s known for {name!r}; known: {', '.join(_PEAK_FLOPS)}. Add it to platform.py.")
 
 
-def _measure_matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
-    """Best of a few square matmuls, so that a busy machine does not lower the peak and flatter the MFU."""
-    a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
+def _measure_matmul_flops(size: int = 512, seconds: float = 0.5) -> float:
+    a = torch.ones(size, size)
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
         a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        count += 1
+    return 2 * size**3 * count / elapsed

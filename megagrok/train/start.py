@@ -1,0 +1,151 @@
+"""From a checked configuration to a finished run: prepare the data, fork or join the ranks, look back at the end.
+
+Two ways to have ranks. Under torchrun or srun this process is one of them and joins. Otherwise it forks them all on
+this machine's CPU, from one parent that has imported everything once.
+"""
+
+import multiprocessing
+import os
+import shutil
+
+import yaml
+
+from megagrok.checkpoint import Checkpoint, find_checkpoint
+from megagrok.config import RunConfig, to_dict
+from megagrok.data.prepare import PreparedData, prepare
+from megagrok.errors import CheckpointError, DataError
+from megagrok.parallel.launch import Placement, discover, join, run_ranks
+from megagrok.parallel.ranks import Alone, Ranks
+from megagrok.plan import world_size
+from megagrok.platform import CPU, find_platform
+from megagrok.train.files import RunFiles
+
+# One collective waits this long for a peer before the run is given up. gloo sees a dead peer at once; this is for one
+# that hangs, and has to outlast the slowest save.
+COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+# What a resumed run may not change: with another model, other data or another order it would be another run.
+_FIXED = ("model.", "data.", "train.seed", "train.seq_len")
+
+
+def start_training(run: RunConfig) -> None:
+    """Train to the end of the run, from its newest checkpoint if it has one, and write the report.
+
+    Raises SystemExit with status 76 if the run was asked to stop and has saved, and MegagrokError for everything that
+    a user, a file or a machine can cause; a dead rank is a RankError.
+    """
+    files = RunFiles.of(run)
+    placement = discover()
+    if placement is None:
+        _train_here(run, files)
+    else:
+        _train_as_placed(run, files, placement)
+
+
+def _train_here(run: RunConfig, files: RunFiles) -> None:
+    """Fork all ranks from this process."""
+    # The data is prepared while this process imports Megatron and DeepSpeed, which takes as long. The child only fills
+    # the cache; whatever is wrong with the data is found again below, and raised here.
+    ahead = multiprocessing.get_context("fork").Process(target=_prepare_quietly, args=(run,))
+    ahead.start()
+    from megagrok.train.worker import train_rank
+
+    ahead.join()
+    prepared = _prepare(run)
+    _check_resumable(find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes"), run)
+    _write_run_files(run, files, prepared)
+    num_ranks = world_size(run.parallel)
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    run_ranks(
+        train_rank,
+        num_ranks,
+        run,
+        files,
+        prepared,
+        CPU,
+        COLLECTIVE_TIMEOUT_SECONDS,
+        timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS,
+        threads_per_rank=threads,
+    )
+    from megagrok.train.finish import finish_run
+
+    finish_run(run, files, CPU)
+
+
+def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> None:
+    """Be one rank of a job that a launcher started."""
+    from megagrok.train.finish import finish_run
+    from megagrok.train.worker import train_rank
+
+    platform = find_platform(placement.local_rank)
+    device = platform.device if platform.is_cuda else None
+    ranks = join(
+        placement, backend=platform.backend, timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS, device=device
+    )
+    prepared = _prepare_once(run, ranks)
+    _check_resumable(find_checkpoint(files.checkpoints, ranks=ranks, verify="sizes"), run)
+    if ranks.rank == 0:
+        _write_run_files(run, files, prepared)
+    train_rank(ranks, run, files, prepared, platform, COLLECTIVE_TIMEOUT_SECONDS)
+    if ranks.rank == 0:
+        finish_run(run, files, platform)
+    ranks.barrier()
+
+
+def _prepare(run: RunConfig) -> PreparedData:
+    """The tokens of the run. Raises DataError with every way in which they do not suffice."""
+    prepared = prepare(run.data, model_vocab_size=run.model.vocab_size)
+    problems = prepared.problems(seq_len=run.train.seq_len, evaluate_samples=run.train.evaluate_samples)
+    if problems:
+        raise DataError("\n".join(problems))
+    return prepared
+
+
+def _prepare_quietly(run: RunConfig) -> None:
+    try:
+        _prepare(run)
+    except Exception:
+        os._exit(1)
+
+
+def _prepare_once(run: RunConfig, ranks: Ranks) -> PreparedData:
+    """Rank 0 fills the cache, the others then open it. Collective."""
+    if ranks.rank == 0:
+        _prepare(run)
+    ranks.barrier()
+    return _prepare(run)
+
+
+def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig) -> None:
+    """Refuse to go on with a checkpoint of another run. Raises CheckpointError that lists every difference."""
+    if checkpoint is None:
+        return
+    saved, wanted = _flatten(checkpoint.facts["config"]), _flatten(to_dict(run))
+    differences = [
+        f"{key}: the checkpoint has {saved.get(key)}, the configuration {wanted.get(key)}"
+        for key in sorted({*saved, *wanted})
+        if key.startswith(_FIXED) and key != "data.cache" and saved.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to another run:\n  " + "\n  ".join(differences) + "\n"
+            f"Fix: restore these settings, or give the new run another name (name=...)."
+        )
+
+
+def _flatten(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = dict(enumerate(value)).items()
+    else:
+        return {prefix: value}
+    return {key: leaf for name, inner in items for key, leaf in _flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _write_run_files(run: RunConfig, files: RunFiles, prepared: PreparedData) -> None:
+    """Leave in the run's folder what it takes to resume it and to speak with it."""
+    files.root.mkdir(parents=True, exist_ok=True)
+    header = "# The resolved configuration of this run, written when it was last started.\n"
+    files.config.write_text(header + yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
+    if prepared.tokenizer_path is not None:
+        shutil.copyfile(prepared.tokenizer_path, files.tokenizer)

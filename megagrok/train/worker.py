@@ -1,0 +1,95 @@
+"""One rank of a training run, from its process group to its last step. Imports Megatron and DeepSpeed."""
+
+import sys
+import uuid
+
+import torch
+import torch.distributed as dist
+
+from megagrok.checkpoint import Checkpoint, find_checkpoint
+from megagrok.config import RunConfig, to_dict
+from megagrok.data.batches import TrainBatches
+from megagrok.data.prepare import PreparedData
+from megagrok.engine.engine import build_engine
+from megagrok.parallel.groups import make_groups
+from megagrok.parallel.ranks import Ranks
+from megagrok.parallel.topology import Topology
+from megagrok.platform import Platform, peak_flops_per_second
+from megagrok.telemetry.metrics_file import open_metrics
+from megagrok.telemetry.progress import Progress
+from megagrok.telemetry.tracker import make_tracker
+from megagrok.train.files import RunFiles
+from megagrok.train.hooks import Evaluate, Journal, Log, Save
+from megagrok.train.stop import listen_for_stop
+from megagrok.train.trainer import Preempted, Trainer
+
+
+def train_rank(
+    ranks: Ranks, run: RunConfig, files: RunFiles, prepared: PreparedData, platform: Platform, timeout_seconds: float
+) -> None:
+    """Build, load, train, save. Every rank of the job calls it once, with its process group formed.
+
+    Raises Preempted (exit status 76) after a stop was asked for and saved; else whatever ended the run.
+    """
+    with listen_for_stop() as stop:
+        groups = make_groups(
+            Topology.of(run.parallel),
+            virtual_pipeline=run.parallel.virtual_pipeline,
+            platform=platform,
+            timeout_seconds=timeout_seconds,
+        )
+        engine = build_engine(run, groups, platform)
+        data_rank = groups.coordinates.data
+        data = TrainBatches(
+            prepared,
+            seq_len=run.train.seq_len,
+            seed=run.train.seed,
+            micro_batch=run.train.micro_batch,
+            data_rank=data_rank,
+            data_size=run.parallel.data,
+        )
+        checkpoint = find_checkpoint(files.checkpoints, ranks=ranks)
+        if checkpoint is not None:
+            engine.load(checkpoint)
+            data.load_state(checkpoint.facts["data"])  # type: ignore[arg-type]  # load_state checks what it is given
+        done = 0 if checkpoint is None else checkpoint.step
+        journal = _open_journal(run, files, checkpoint) if ranks.rank == 0 else None
+        try:
+            save = Save(run, _run_id(checkpoint, ranks), files.checkpoints, engine, data, ranks)
+            evaluate = Evaluate(run, engine, prepared, journal, data_rank)
+            log = Log(run, journal, _peak_of_all_ranks(run, platform))
+            if done == 0:
+                evaluate.evaluate(0)
+            trainer = Trainer(run, files, engine, data, [log, evaluate, save], ranks, platform)
+            last = trainer.train(done, stop)
+            if last < run.train.steps:
+                save.save(last)
+                raise Preempted()
+        finally:
+            if journal is not None:
+                journal.close()
+
+
+def _run_id(checkpoint: Checkpoint | None, ranks: Ranks) -> str:
+    """The name that all checkpoints of a run carry; a resumed run keeps it. Collective for a new run."""
+    return str(ranks.gather(uuid.uuid4().hex)[0]) if checkpoint is None else str(checkpoint.facts["run_id"])
+
+
+def _open_journal(run: RunConfig, files: RunFiles, checkpoint: Checkpoint | None) -> Journal:
+    done = 0 if checkpoint is None else checkpoint.step
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint.path} (step {done})", file=sys.stderr)
+        for skipped in checkpoint.skipped:
+            print(f"  passed over {skipped}", file=sys.stderr)
+    metrics = open_metrics(files.metrics, last_step=done)
+    tracker = make_tracker(run.telemetry, run_dir=files.root, run_name=run.name, resolved_config=to_dict(run))
+    return Journal(metrics, tracker, Progress(run.train.steps, start_step=done))
+
+
+def _peak_of_all_ranks(run: RunConfig, platform: Platform) -> float:
+    """FLOP/s of all devices together. Collective: on a CPU the ranks share cores, so they measure at the same time."""
+    dist.barrier()
+    peak = torch.tensor(peak_flops_per_second(platform, run.train.precision), dtype=torch.float64)
+    peak = peak.to(platform.device)
+    dist.all_reduce(peak)
+    return float(peak)
