@@ -49,6 +49,8 @@ def make_transformer_config(run: RunConfig, groups: ProcessGroups, platform: Pla
         # Makes the schedules hand the loss scale to MoEAuxLossAutoScaler; the experts themselves are DeepSpeed's.
         num_moe_experts=model.moe.num_experts,
         moe_router_topk=model.moe.top_k,
+        # Grok's order, and the only one that Megatron accepts with one expert a token.
+        moe_router_pre_softmax=True,
         moe_ffn_hidden_size=model.moe.ffn_hidden,
         # Layout
         tensor_model_parallel_size=parallel.tensor,
