@@ -23,7 +23,7 @@ from megagrok.checkpoint import Checkpoint, Fragment
 from megagrok.config.schema import RunConfig
 from megagrok.data.batches import Batch
 from megagrok.engine.gradients import global_norm, sum_over_tensor_ranks, sum_tied_embeddings
-from megagrok.engine.optimizer import make_deepspeed_engine, set_step_count, shards
+from megagrok.engine.optimizer import Shard, make_deepspeed_engine, set_step_count, shards
 from megagrok.engine.state import GRADIENT, cut, is_spoken_for, load_state, router_fragments, shard_fragments
 from megagrok.model.grok import GrokModel
 from megagrok.model.loss import IGNORED_LABEL, expert_load
@@ -142,15 +142,24 @@ class Engine:
         load_state(checkpoint, self._parameters, shards(self._deepspeed, self._parameters), self._chunks)
         set_step_count(self._deepspeed, checkpoint.step)
 
+    @property
+    def local_parameters(self) -> list[LocalParameter]:
+        """Every parameter of this rank and what it holds, copies too."""
+        return self._parameters
+
     def gradient_fragments(self) -> Iterator[Fragment]:
         """Reduced gradients, between `reduce_gradients` and `step`; over all ranks each element comes exactly once."""
+        for shard, values in self.gradient_shards():
+            if is_spoken_for(shard.owner, self._groups, zero=self._run.parallel.zero):
+                yield from cut(GRADIENT, shard.owner, shard.begin, shard.end, values, self._run.model)
+
+    def gradient_shards(self) -> Iterator[tuple[Shard, Tensor]]:
+        """Every shard of this rank with its reduced gradient, copies of other ranks' too; between the same two."""
         for shard in shards(self._deepspeed, self._parameters):
-            if not is_spoken_for(shard.owner, self._groups, zero=self._run.parallel.zero):
-                continue
             values = self._reduced_gradient(shard.owner.parameter)
             if values.numel() == shard.owner.parameter.numel():
                 values = values[shard.begin : shard.end]
-            yield from cut(GRADIENT, shard.owner, shard.begin, shard.end, values, self._run.model)
+            yield shard, values
 
     def _run_schedule(self, batch: Batch, *, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; on the last stage the loss sum of each."""
@@ -255,7 +264,7 @@ def build_engine(run: RunConfig, groups: ProcessGroups, platform: Platform) -> E
 def _build_chunks(
     config: GrokTransformerConfig, run: RunConfig, groups: ProcessGroups, platform: Platform
 ) -> list[GrokModel]:
-    """One chunk, or one for each virtual stage; the model begins in the first stage's first, ends in the last's last."""
+    """One chunk per virtual stage; the model begins in the first stage's first and ends in the last stage's last."""
     num_chunks = run.parallel.virtual_pipeline
     chunks = []
     for number in range(num_chunks):

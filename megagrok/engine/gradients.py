@@ -51,7 +51,9 @@ def global_norm(parameters: Iterable[LocalParameter], groups: ProcessGroups, gra
             continue
         copies = dist.get_world_size(groups.expert_data if item.is_expert else groups.data)
         gradient = gradient_of(item.parameter)
-        square = square.to(gradient.device) + torch.linalg.vector_norm(gradient, dtype=torch.float32).double() ** 2 / copies
+        square = (
+            square.to(gradient.device) + torch.linalg.vector_norm(gradient, dtype=torch.float32).double() ** 2 / copies
+        )
     dist.all_reduce(square)
     return square.sqrt().float()
 

@@ -38,7 +38,7 @@ def make_deepspeed_engine(
 ) -> DeepSpeedEngine:
     """Give the model to DeepSpeed. Collective over all ranks. DeepSpeed's forward is never called."""
     for item in parameters:
-        # Untagged, the norm would count a split parameter on tensor rank 0 only (deepspeed 0.19.8 stage_1_and_2.py:2682).
+        # Untagged, DeepSpeed's norm counts a split parameter on tensor rank 0 only (0.19.8 stage_1_and_2.py:2682).
         # Megatron tags its own linears, but only where it also fills them, which megagrok does itself.
         item.parameter.tensor_model_parallel = not item.is_replicated_over_tensor  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(

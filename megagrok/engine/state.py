@@ -1,10 +1,10 @@
 """Engine state as fragments of global tensors, and back. The only file that knows both a shard and a fragment.
 
-    weight/NAME       fp32 master weights      (bf16 weights are these, rounded)
-    exp_avg/NAME      AdamW's first moment
-    exp_avg_sq/NAME   AdamW's second moment
-    router_load/N     share of the previous step's choices that went to each expert of layer N, fp64
-    gradient/NAME     reduced gradients; for verify-layout, never saved
+weight/NAME       fp32 master weights      (bf16 weights are these, rounded)
+exp_avg/NAME      AdamW's first moment
+exp_avg_sq/NAME   AdamW's second moment
+router_load/N     share of the previous step's choices that went to each expert of layer N, fp64
+gradient/NAME     reduced gradients; for verify-layout, never saved
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,7 @@ from megagrok.parallel.groups import ProcessGroups
 WEIGHT, GRADIENT, ROUTER_LOAD = "weight", "gradient", "router_load"
 
 
-def shard_fragments(
-    held: list[Shard], model: ModelConfig, groups: ProcessGroups, *, zero: int
-) -> Iterator[Fragment]:
+def shard_fragments(held: list[Shard], model: ModelConfig, groups: ProcessGroups, *, zero: int) -> Iterator[Fragment]:
     """Weights and moments of this rank's shards; over all ranks every element comes exactly once."""
     for shard in held:
         if is_spoken_for(shard.owner, groups, zero=zero):
@@ -97,5 +95,3 @@ def _router_loads(chunks: list[GrokModel]) -> Iterator[tuple[int, Tensor]]:
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             yield layer.layer_number - 1, layer.mlp.router.load_E
-
-

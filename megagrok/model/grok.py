@@ -6,6 +6,8 @@ GPTModel moves a tied weight to a CUDA device by hand (megatron-core 0.16.1 lang
 
 # B micro-batch, s this rank's positions (after context parallelism), D hidden, v this rank's vocabulary rows
 
+from typing import cast
+
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
@@ -20,7 +22,7 @@ from megagrok.model.spec import grok_block_spec
 from megagrok.model.transformer_config import GrokTransformerConfig
 
 
-class GrokModel(MegatronModule):  # type: ignore[misc]  # Megatron is untyped
+class GrokModel(MegatronModule):
     """Layers of one pipeline stage (or one interleaved chunk of it), with the ends of the model where they belong.
 
     pre_process and post_process say whether the model begins or ends here; Megatron's schedules read them, and
@@ -79,7 +81,7 @@ class GrokModel(MegatronModule):  # type: ignore[misc]  # Megatron is untyped
             hidden_sBD = self.embedding(tokens_Bs, position_ids=None) * self.config.grok.embedding_multiplier
         hidden_sBD = self.decoder(hidden_sBD, attention_mask=None, rotary_pos_emb=self._rotary_angles(positions_s))
         if not self.post_process:
-            return hidden_sBD
+            return cast(Tensor, hidden_sBD)
         logits_sBv = self._logits(hidden_sBD)
         return logits_sBv if labels_Bs is None else _token_losses(logits_sBv, labels_Bs.t())
 
@@ -90,7 +92,7 @@ class GrokModel(MegatronModule):  # type: ignore[misc]  # Megatron is untyped
         logits_sBv = logits_sBv.float() * grok.output_multiplier
         if grok.final_softcap is not None:
             logits_sBv = torch.tanh(logits_sBv / grok.final_softcap) * grok.final_softcap
-        return logits_sBv
+        return cast(Tensor, logits_sBv)
 
     def _rotary_angles(self, positions_s: Tensor) -> Tensor:
         """Angles of half-split RoPE, [s, 1, 1, head_dim], computed in fp64: at position 131071 fp32 is off by 1e-2."""

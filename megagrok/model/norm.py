@@ -1,4 +1,4 @@
-"""RMSNorm as Megatron's ModuleSpecs want it, and Grok's post-norm residual, which takes the place of bias-dropout-add."""
+"""RMSNorm as Megatron's ModuleSpecs want it, and Grok's post-norm residual in the place of bias-dropout-add."""
 
 from collections.abc import Callable
 

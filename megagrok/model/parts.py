@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megagrok.config.schema import ModelConfig
@@ -86,7 +87,7 @@ def _walk(chunk: GrokModel) -> Iterator[LocalParameter]:
         yield _rows(chunk.output_layer.weight, name, tensor_rank * vocabulary_rows, is_tied_copy=is_copy)
 
 
-def _walk_layer(layer: nn.Module, model: ModelConfig, groups: ProcessGroups) -> Iterator[LocalParameter]:
+def _walk_layer(layer: TransformerLayer, model: ModelConfig, groups: ProcessGroups) -> Iterator[LocalParameter]:
     prefix = f"model.layers.{layer.layer_number - 1}"
     tensor_rank, tensor_size = groups.coordinates.tensor, groups.topology.tensor
     yield _whole(layer.input_layernorm.weight, f"{prefix}.pre_attn_norm.weight")
@@ -155,4 +156,3 @@ def _experts(experts: Experts, prefix: str, first_expert: int) -> Iterator[Local
         down.append(Part(f"{expert}.w2.weight", (0, 0), (hidden, width), local * width * hidden))
     yield LocalParameter(experts.gate_up_eFD, tuple(gate_up), is_expert=True)
     yield LocalParameter(experts.down_eDF, tuple(down), is_expert=True)
-

@@ -13,7 +13,7 @@ from megagrok.platform import Platform
 
 
 @dataclass(kw_only=True)
-class GrokTransformerConfig(TransformerConfig):  # type: ignore[misc]  # Megatron is untyped
+class GrokTransformerConfig(TransformerConfig):
     """Megatron's configuration plus what only Grok's modules read. It reaches every module of a spec."""
 
     grok: ModelConfig

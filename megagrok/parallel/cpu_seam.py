@@ -59,9 +59,9 @@ def _torch_on_cpu() -> ModuleType:
     return view
 
 
-def _zeros_on_cpu(*size: Any, device: object = None, **options: Any) -> torch.Tensor:
+def _zeros_on_cpu(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
     """torch.zeros that reads the device "cuda" as the CPU (schedules.py:596)."""
-    return torch.zeros(*size, **options) if device == "cuda" else torch.zeros(*size, device=device, **options)
+    return torch.zeros(*size, device="cpu" if device == "cuda" else device, **options)
 
 
 def _get_cpu_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:

@@ -134,10 +134,6 @@ def make_groups(
         distributed_timeout_minutes=timeout_seconds / 60,
     )
     coordinates = topology.coordinates(dist.get_rank())
-    expert, expert_data = (
-        parallel_state.get_expert_model_parallel_group(),
-        parallel_state.get_expert_data_parallel_group(),
-    )
     edge_stage = coordinates.pipeline in (0, topology.pipeline - 1)
     groups = ProcessGroups(
         topology=topology,

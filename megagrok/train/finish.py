@@ -1,4 +1,4 @@
-"""The end of a run: what it learnt, a sample of its text, the report, and where everything lies. One process calls it."""
+"""The end of a run: what it learnt, a sample of its text, the report, where everything lies. One process calls it."""
 
 from megagrok.config import RunConfig
 from megagrok.plan import active_params, total_params, world_size

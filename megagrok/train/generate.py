@@ -38,7 +38,7 @@ def generate_from_run(files: RunFiles, prompt: str, sampling: Sampling, *, step:
     if checkpoint is None:
         raise CheckpointError(f"{files.checkpoints} has no checkpoint yet")
     if not files.tokenizer.exists():
-        raise DataError(f"{files.tokenizer} is missing: the run was trained on ready-made tokens. Copy its tokenizer there")
+        raise DataError(f"{files.tokenizer} is missing: the run had ready-made tokens. Copy their tokenizer there.")
     run = from_dict(checkpoint.facts["config"], source=str(checkpoint.path))  # type: ignore[arg-type]  # it checks
     return generate(load_reference(checkpoint, run), run, Tokenizer.load(files.tokenizer), prompt, sampling)
 

@@ -134,7 +134,7 @@ class Save:
             self.save(result.step)
 
     def save(self, step: int) -> None:
-        """Write the state after `step` updates, unless that was done. Collective; raises CheckpointError on all ranks."""
+        """Write the state after `step` updates, unless it is there. Collective; raises CheckpointError on all ranks."""
         if self.last_saved == step:
             return
         save_checkpoint(

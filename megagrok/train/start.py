@@ -78,9 +78,7 @@ def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> N
 
     platform = find_platform(placement.local_rank)
     device = platform.device if platform.is_cuda else None
-    ranks = join(
-        placement, backend=platform.backend, timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS, device=device
-    )
+    ranks = join(placement, backend=platform.backend, timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS, device=device)
     prepared = _prepare_once(run, ranks)
     _check_resumable(find_checkpoint(files.checkpoints, ranks=ranks, verify="sizes"), run)
     if ranks.rank == 0:
@@ -128,7 +126,7 @@ def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig) -> None:
     if differences:
         raise CheckpointError(
             f"{checkpoint.path} belongs to another run:\n  " + "\n  ".join(differences) + "\n"
-            f"Fix: restore these settings, or give the new run another name (name=...)."
+            "Fix: restore these settings, or give the new run another name (name=...)."
         )
 
 

@@ -10,7 +10,7 @@ from megagrok.config import RunConfig
 from megagrok.data.batches import Batch, TrainBatches
 from megagrok.engine.engine import Engine, StepTotals, Update
 from megagrok.errors import EXIT_PREEMPTED, NonFiniteError
-from megagrok.parallel.ranks import Ranks
+from megagrok.parallel.ranks import JSON, Ranks
 from megagrok.plan import global_batch_at
 from megagrok.platform import Platform
 from megagrok.train.files import RunFiles
@@ -87,7 +87,7 @@ class Trainer:
 
     def _refuse(self, step: int, totals: StepTotals, batch: Batch) -> None:
         """Write down what the ranks were fed, then stop them all."""
-        mine = {"sample_ids": list(batch.sample_ids), "document_ids": [list(ids) for ids in batch.document_ids]}
+        mine: JSON = {"sample_ids": list(batch.sample_ids), "document_ids": [list(ids) for ids in batch.document_ids]}
         everyone = self._ranks.gather(mine)
         path = self._files.bad_step(step)
         if self._ranks.rank == 0:

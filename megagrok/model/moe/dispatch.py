@@ -1,6 +1,6 @@
 """Bring each token to its experts and back: sort by expert, exchange over the expert ranks, sort again. Drops nothing.
 
-    tokens --permute--> rows by expert --exchange--> rows by (source rank, local expert) --regroup--> rows by local expert
+    tokens --sort--> rows by expert --exchange--> rows by (source rank, local expert) --regroup--> rows by local expert
 
 `combine` walks the same way back and sums a token's K results, weighted.
 """
@@ -49,9 +49,7 @@ def dispatch(x_TD: Tensor, experts_TK: Tensor, tokens_per_expert_E: Tensor, grou
     sent, received = on_host[0], on_host[1]
     arrived = _exchange(rows, sent, received, group)
     regroup = _by_expert(incoming_re)
-    return Dispatched(
-        arrived.index_select(0, regroup), incoming_re.sum(0).tolist(), order, sent, received, regroup
-    )
+    return Dispatched(arrived.index_select(0, regroup), incoming_re.sum(0).tolist(), order, sent, received, regroup)
 
 
 def combine(rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> Tensor:

@@ -44,7 +44,7 @@ class RouterTotals:
         self.z_sum += routing.z_sum.detach()
 
 
-class GrokMoE(MoE):  # type: ignore[misc]  # DeepSpeed is untyped
+class GrokMoE(MoE):
     """Route, dispatch, compute, combine; beside it the dense residual MLP if the model has one.
 
     It is a DeepSpeed `MoE` because the engine recognises the layer by that type (deepspeed 0.19.8 engine.py:2103), and
