@@ -26,7 +26,7 @@ CORE = [
     "pyyaml>=6",
     "tokenizers>=0.21",
     "tqdm>=4.66",
-    "wandb>=0.20",
+    "wandb>=0.31",
     "xxhash>=3",
 ]
 

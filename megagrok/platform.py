@@ -76,10 +76,10 @@ def check_precision(platform: Platform, precision: str) -> None:
     capability = torch.cuda.get_device_capability(platform.device)
     needed = _FP8_CAPABILITY if precision == "fp8" else _BF16_CAPABILITY
     if capability < needed:
-        name = torch.cuda.get_device_name(platform.device)
+        name, wider = torch.cuda.get_device_name(platform.device), "bf16" if precision == "fp8" else "fp32"
         raise MachineError(
             f"train.precision = {precision}, needs compute capability >= {needed[0]}.{needed[1]}; "
-            f"{name} has {capability[0]}.{capability[1]}. Fix: train.precision={'bf16' if precision == 'fp8' else 'fp32'}."
+            f"{name} has {capability[0]}.{capability[1]}. Fix: train.precision={wider}."
         )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    "errors", "config", "plan", "platform", "parallel", "kernels", "model", "data", "engine", "checkpoint", "telemetry",
+    "errors", "config", "plan", "platform", "parallel", "kernels", "model", "data", "checkpoint", "engine", "telemetry",
     "train", "verify", "slurm", "lab", "specialise", "cli", "__main__",
 )  # fmt: skip
 
@@ -148,7 +148,7 @@ def imported_distributions(sources: list[Source]) -> set[str]:
     """What to install for the imports of `sources`, by name."""
     distributions = packages_distributions()
     tops = {use.name.split(".")[0] for source in sources for use in uses(source) if use.is_import}
-    beside = {"tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    beside = {"tests", *(path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))}
     foreign = tops - set(sys.stdlib_module_names) - {"megagrok"} - PRESENT_ON_GPU_MACHINES - beside
     return {canonical(name) for top in foreign for name in distributions.get(top, [f"{top} (not installed)"])}
 
