@@ -119,9 +119,10 @@ def make_groups(
             "(tensor * context * data * pipeline)"
         )
     install_cpu_seam(platform)
-    # DeepSpeed would compile a shared-memory op for its CPU inference all-reduce here; a build that is killed leaves a
-    # lock on which every later start hangs (deepspeed 0.19.8 comm/torch.py:47). Training never calls that op.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Of all its ops DeepSpeed would compile one here, a CPU all-reduce for inference; a build that is killed leaves a
+    # lock on which every later start hangs (deepspeed 0.19.8 comm/torch.py:47). Told that none is compatible it does
+    # not, and does not run a compiler in every rank to find out (ops/__init__.py:33).
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     deepspeed.init_distributed(dist_backend=platform.backend, dist_init_required=False)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
