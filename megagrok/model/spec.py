@@ -37,7 +37,7 @@ def grok_layer_spec(config: GrokTransformerConfig) -> ModuleSpec:
             ),
             self_attn_bda=ModuleSpec(module=PostNormResidual, params={"config": config}),
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=GrokMoE),
+            mlp=GrokMoE,
             mlp_bda=ModuleSpec(module=PostNormResidual, params={"config": config}),
         ),
     )

@@ -65,6 +65,7 @@ def make_transformer_config(run: RunConfig, groups: ProcessGroups, platform: Pla
         pipeline_dtype=(torch.float32 if run.train.precision == "fp32" else torch.bfloat16) if has_stages else None,
         bf16=run.train.precision != "fp32",
         fp8="hybrid" if run.train.precision == "fp8" else None,
+        fp8_recipe="tensorwise",
         deterministic_mode=run.train.deterministic,
         # The loss is a sum over tokens: the schedules must not divide it.
         calculate_per_token_loss=True,

@@ -4,6 +4,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
@@ -51,7 +52,7 @@ class GrokMoE(MoE):
     none of the stock layer's parts, whose dispatch pads every expert to the fullest.
     """
 
-    def __init__(self, config: GrokTransformerConfig) -> None:
+    def __init__(self, config: GrokTransformerConfig, **_slot: Any) -> None:
         nn.Module.__init__(self)
         self.moe = config.grok.moe
         self.num_experts = self.moe.num_experts
