@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrok.config import decode_config, explain, is_model_file, load_config, load_model_config
-from megagrok.errors import EXIT_BUG, CheckpointError, MegagrokError
+from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config
+from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
+from megagrok.train.files import RunFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +85,32 @@ def run_explain(options: argparse.Namespace) -> int:
 
 def run_train(options: argparse.Namespace) -> int:
     """Train a configuration, from its newest checkpoint if its run has one."""
-    return _train(options.config, options.overrides)
+    loaded = decode_config(options.config, options.overrides)
+    return _train(loaded, RunFiles.of(loaded.config))
 
 
 def run_resume(options: argparse.Namespace) -> int:
     """Go on with a run as it was last started, with some settings changed."""
-    from megagrok.train.files import RunFiles
-
     files = RunFiles(options.run)
     if not files.config.exists():
         raise CheckpointError(f"{options.run} is not the folder of a run: it has no {files.config.name}")
-    return _train(files.config, options.overrides)
+    for override in options.overrides:
+        if override.partition("=")[0] in ("name", "runs_dir"):
+            raise ConfigError(f"{override}: a run is resumed in its own folder. To branch off, copy {options.run}.")
+    # The folder that was given, not the one that its configuration names: it may have been moved, or we may.
+    return _train(decode_config(files.config, options.overrides), files)
 
 
-def _train(config: Path, overrides: Sequence[str]) -> int:
-    loaded = decode_config(config, overrides)
+def _train(loaded: Loaded, files: RunFiles) -> int:
     require_runnable(loaded)
     from megagrok.train.start import start_training
 
-    start_training(loaded.config)
+    start_training(loaded.config, files)
     return 0
 
 
 def run_generate(options: argparse.Namespace) -> int:
     """Print the text that follows a prompt."""
-    from megagrok.train.files import RunFiles
     from megagrok.train.generate import Sampling, generate_from_run
 
     sampling = Sampling(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
@@ -122,6 +124,13 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{count}, needs at least 1")
     return count
+
+
+def _temperature(text: str) -> float:
+    temperature = float(text)
+    if not 0 <= temperature < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}, needs a number of 0 or more")
+    return temperature
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +167,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=_count, default=120, metavar="N", help="tokens to write at the most")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token")
+    parser.add_argument("--temperature", type=_temperature, default=0.8, metavar="T", help="0 takes the likeliest")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed writes the same text")
     parser.add_argument("--step", type=_count, metavar="N", help="checkpoint to use instead of the newest")
 

@@ -22,7 +22,8 @@ import torch
 from megagrok import errors
 from megagrok.errors import MegagrokError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Slurm's own warning before a time limit is whatever --signal says; SIGUSR1 is the custom.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
@@ -134,6 +135,7 @@ def _live(body: Callable[[], object], pipe: "Connection[Ending, bytes]", parent:
     # A process group of its own: Ctrl-C on a terminal then reaches the parent alone, which passes it on once.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # torch would send a tensor as a descriptor of shared memory, which is gone when the rank has left: send the values.

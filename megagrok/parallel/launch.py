@@ -52,7 +52,7 @@ def run_ranks(
     threads_per_rank: torch threads in each rank; above 1 only if this process never ran torch in parallel.
     on_started: gets the ranks' process ids, before their results are waited for.
     Results cross a pipe by value (tensors are copied, not shared); fn and args are inherited and may be anything.
-    SIGTERM and SIGINT are passed on to the ranks once, and the ranks decide; a second one kills them.
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks once, and the ranks decide; a second one kills them.
     Raises the earliest failure of all ranks: a MegagrokError as its own class, so that its exit code survives;
     anything else, a death by signal too, as RankError with the rank and its traceback. The others are stopped within
     seconds. If every rank left by SystemExit with one code, raises SystemExit with it.
@@ -225,7 +225,7 @@ def _as_error(first: Failure, rank: int, world_size: int, received: Sequence[int
 
 @contextmanager
 def _forwarding(team: Sequence[ForkedRank]) -> Iterator[list[int]]:
-    """Pass SIGTERM and SIGINT on to `team`, the second time as SIGKILL; yields the signals that came."""
+    """Pass stop signals on to `team`, the second time as SIGKILL; yields the signals that came."""
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -31,6 +31,19 @@ def _evaluation_over_replicas(config: RunConfig) -> Iterator[Problem]:
     yield from not_a_multiple(key, samples, _SAMPLES, step, "", fixes(key, multiples(step, samples)))
 
 
+def _evaluation_over_stages(config: RunConfig) -> Iterator[Problem]:
+    step, key = samples_per_micro_step(config), "train.evaluate_samples"
+    pipeline, samples = config.parallel.pipeline, config.train.evaluate_samples
+    count = num_micro_batches(config, samples)
+    if config.parallel.virtual_pipeline > 1 and samples % step == 0 and count % pipeline:
+        text = (
+            f"{key} / ({_SAMPLES}) = {count} micro-batches, needs a multiple of parallel.pipeline ({pipeline}): "
+            "interleaved chunks take turns in rounds of that many."
+        )
+        advice = fixes(key, multiples(pipeline * step, max(samples, pipeline * step)))
+        yield Problem(key, text, (*advice, Fix("parallel.virtual_pipeline", 1)))
+
+
 def _micro_batches_over_stages(config: RunConfig) -> Iterator[Problem]:
     pipeline, is_interleaved = config.parallel.pipeline, config.parallel.virtual_pipeline > 1
     step = samples_per_micro_step(config)
@@ -91,11 +104,13 @@ def _rates_descend(config: RunConfig) -> Iterator[Problem]:
 
 
 _BATCH = ("train.global_batch", "train.micro_batch", "train.batch_ramp", "parallel.data")
+_EVALUATION = ("train.evaluate_samples", "train.micro_batch", "parallel.data")
 
 BATCH_RULES = (
     Rule((*_BATCH, "parallel.pipeline"), _batches_over_replicas),
-    Rule(("train.evaluate_samples", "train.micro_batch", "parallel.data"), _evaluation_over_replicas),
+    Rule(_EVALUATION, _evaluation_over_replicas),
     Rule((*_BATCH, "parallel.pipeline", "parallel.virtual_pipeline"), _micro_batches_over_stages),
+    Rule((*_EVALUATION, "parallel.pipeline", "parallel.virtual_pipeline"), _evaluation_over_stages),
     Rule(("train.seq_len", "model.max_positions"), _sequence_fits_model),
     Rule(("data.tokenizer_vocab_size", "model.vocab_size", "parallel.tensor"), _tokenizer_fits_model),
     Rule(("train.steps", "schedule.warmup_steps", "schedule.decay_steps"), _schedule_fits_run),

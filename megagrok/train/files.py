@@ -1,5 +1,6 @@
 """Where a run keeps its things: one folder, fixed names."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,15 @@ class RunFiles:
     def tokenizer(self) -> Path:
         """Copy of the tokenizer, so that the run can speak without its data."""
         return self.root / "tokenizer.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held while a run lives; says by whom."""
+        return self.root / "lock"
+
+    def resume_command(self, *settings: str) -> str:
+        """What to type to go on with the run from here."""
+        return shlex.join(["megagrok", "resume", str(self.root), *settings])
 
     def bad_step(self, step: int) -> Path:
         """The documents of a step that was refused."""

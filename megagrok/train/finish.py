@@ -9,13 +9,15 @@ from megagrok.train.files import RunFiles
 from megagrok.train.generate import Sampling, generate_from_run
 
 _PROMPT = "def "
+# The reference model holds all weights in one process, in fp32, and goes through all of them again for each token.
+_LARGEST_MODEL_THAT_SPEAKS = 200_000_000
 
 
 def finish_run(run: RunConfig, files: RunFiles, platform: Platform) -> None:
     """Write the report and print the summary."""
     metrics = read_metrics(files.metrics)
     sample = ""
-    if files.tokenizer.exists():
+    if files.tokenizer.exists() and total_params(run.model) <= _LARGEST_MODEL_THAT_SPEAKS:
         sample = _PROMPT + generate_from_run(files, _PROMPT, Sampling())
     facts = _facts(run, files, platform)
     write_report(files.report, records=metrics.steps, evaluations=metrics.evaluations, facts=facts, sample=sample)
@@ -35,13 +37,8 @@ def _facts(run: RunConfig, files: RunFiles, platform: Platform) -> dict[str, str
         "checkpoints": str(files.checkpoints),
         "metrics": str(files.metrics),
         "configuration": str(files.config),
-        "resume": resume_command(run, files),
+        "resume": _resume_command(run, files),
     }
-
-
-def resume_command(run: RunConfig, files: RunFiles) -> str:
-    """What to type to train twice as long."""
-    return f"megagrok resume {files.root} train.steps={2 * run.train.steps}"
 
 
 def _summary(run: RunConfig, files: RunFiles, metrics: Metrics, sample: str) -> str:
@@ -61,5 +58,10 @@ def _summary(run: RunConfig, files: RunFiles, metrics: Metrics, sample: str) -> 
     ]
     if run.telemetry.wandb != "off":
         lines.append(f"  W&B         {files.root / 'wandb'} ({run.telemetry.wandb})")
-    lines += [f"  resume      {resume_command(run, files)}"]
+    lines += [f"  resume      {_resume_command(run, files)}"]
     return "\n".join(lines)
+
+
+def _resume_command(run: RunConfig, files: RunFiles) -> str:
+    """What to type to train twice as long."""
+    return files.resume_command(f"train.steps={2 * run.train.steps}")

@@ -6,9 +6,7 @@ this machine's CPU, from one parent that has imported everything once.
 
 import multiprocessing
 import os
-import shutil
-
-import yaml
+from contextlib import nullcontext
 
 from megagrok.checkpoint import Checkpoint, find_checkpoint
 from megagrok.config import RunConfig, to_dict
@@ -19,6 +17,8 @@ from megagrok.parallel.ranks import Alone, Ranks
 from megagrok.plan import world_size
 from megagrok.platform import CPU, find_platform
 from megagrok.train.files import RunFiles
+from megagrok.train.folder import claimed, write_run_files
+from megagrok.train.stop import leave_on_stop
 
 # One collective waits this long for a peer before the run is given up. gloo sees a dead peer at once; this is for one
 # that hangs, and has to outlast the slowest save.
@@ -27,18 +27,18 @@ COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 _FIXED = ("model.", "data.", "train.seed", "train.seq_len")
 
 
-def start_training(run: RunConfig) -> None:
-    """Train to the end of the run, from its newest checkpoint if it has one, and write the report.
+def start_training(run: RunConfig, files: RunFiles) -> None:
+    """Train to the end of the run, from the newest checkpoint in its folder if there is one, and write the report.
 
     Raises SystemExit with status 76 if the run was asked to stop and has saved, and MegagrokError for everything that
     a user, a file or a machine can cause; a dead rank is a RankError.
     """
-    files = RunFiles.of(run)
     placement = discover()
-    if placement is None:
-        _train_here(run, files)
-    else:
-        _train_as_placed(run, files, placement)
+    with leave_on_stop():
+        if placement is None:
+            _train_here(run, files)
+        else:
+            _train_as_placed(run, files, placement)
 
 
 def _train_here(run: RunConfig, files: RunFiles) -> None:
@@ -47,28 +47,30 @@ def _train_here(run: RunConfig, files: RunFiles) -> None:
     # the cache; whatever is wrong with the data is found again below, and raised here.
     ahead = multiprocessing.get_context("fork").Process(target=_prepare_quietly, args=(run,))
     ahead.start()
-    from megagrok.train.worker import train_rank
+    try:
+        from megagrok.train.finish import finish_run
+        from megagrok.train.worker import train_rank
 
-    ahead.join()
+        ahead.join()
+    finally:
+        ahead.kill()
     prepared = _prepare(run)
-    _check_resumable(find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes"), run)
-    _write_run_files(run, files, prepared)
     num_ranks = world_size(run.parallel)
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    run_ranks(
-        train_rank,
-        num_ranks,
-        run,
-        files,
-        prepared,
-        CPU,
-        COLLECTIVE_TIMEOUT_SECONDS,
-        timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS,
-        threads_per_rank=threads,
-    )
-    from megagrok.train.finish import finish_run
-
-    finish_run(run, files, CPU)
+    with claimed(files):
+        _check_resumable(find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes"), run)
+        write_run_files(run, files, prepared)
+        run_ranks(
+            train_rank,
+            num_ranks,
+            run,
+            files,
+            prepared,
+            CPU,
+            COLLECTIVE_TIMEOUT_SECONDS,
+            timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS,
+            threads_per_rank=max(1, (os.cpu_count() or 1) // num_ranks),
+        )
+        finish_run(run, files, CPU)
 
 
 def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> None:
@@ -80,12 +82,13 @@ def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> N
     device = platform.device if platform.is_cuda else None
     ranks = join(placement, backend=platform.backend, timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS, device=device)
     prepared = _prepare_once(run, ranks)
-    _check_resumable(find_checkpoint(files.checkpoints, ranks=ranks, verify="sizes"), run)
-    if ranks.rank == 0:
-        _write_run_files(run, files, prepared)
-    train_rank(ranks, run, files, prepared, platform, COLLECTIVE_TIMEOUT_SECONDS)
-    if ranks.rank == 0:
-        finish_run(run, files, platform)
+    with claimed(files) if ranks.rank == 0 else nullcontext():
+        _check_resumable(find_checkpoint(files.checkpoints, ranks=ranks, verify="sizes"), run)
+        if ranks.rank == 0:
+            write_run_files(run, files, prepared)
+        train_rank(ranks, run, files, prepared, platform, COLLECTIVE_TIMEOUT_SECONDS)
+        if ranks.rank == 0:
+            finish_run(run, files, platform)
     ranks.barrier()
 
 
@@ -114,9 +117,15 @@ def _prepare_once(run: RunConfig, ranks: Ranks) -> PreparedData:
 
 
 def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig) -> None:
-    """Refuse to go on with a checkpoint of another run. Raises CheckpointError that lists every difference."""
+    """Refuse to go on with a checkpoint of another run, or beyond the end of this one. Raises CheckpointError that
+    lists every difference."""
     if checkpoint is None:
         return
+    if checkpoint.step > run.train.steps:
+        raise CheckpointError(
+            f"{checkpoint.path} has more steps behind it than train.steps = {run.train.steps}. "
+            f"Fix: train.steps={checkpoint.step} or more, or give the new run another name (name=...)."
+        )
     saved, wanted = _flatten(checkpoint.facts["config"]), _flatten(to_dict(run))
     differences = [
         f"{key}: the checkpoint has {saved.get(key)}, the configuration {wanted.get(key)}"
@@ -138,12 +147,3 @@ def _flatten(value: object, prefix: str = "") -> dict[str, object]:
     else:
         return {prefix: value}
     return {key: leaf for name, inner in items for key, leaf in _flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
-
-
-def _write_run_files(run: RunConfig, files: RunFiles, prepared: PreparedData) -> None:
-    """Leave in the run's folder what it takes to resume it and to speak with it."""
-    files.root.mkdir(parents=True, exist_ok=True)
-    header = "# The resolved configuration of this run, written when it was last started.\n"
-    files.config.write_text(header + yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
-    if prepared.tokenizer_path is not None:
-        shutil.copyfile(prepared.tokenizer_path, files.tokenizer)

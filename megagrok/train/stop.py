@@ -1,14 +1,24 @@
 """Being asked to stop: SIGTERM, SIGINT and Slurm's SIGUSR1 set a flag, which the loop reads between two steps.
 
-A handler that saved by itself would start collectives that the other ranks do not expect.
+A handler that saved by itself would start collectives that the other ranks do not expect. Before there are ranks
+nothing is to be saved, and the same signals end the process with the same status.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from megagrok.errors import EXIT_PREEMPTED
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, and has saved what there was; exit status 76 tells a scheduler to start it again."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
 
 
 class StopRequest:
@@ -23,11 +33,28 @@ class StopRequest:
 
 @contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Turn the signals into a flag while the block runs. Call in the main thread."""
+    """Turn the signals into a flag while the block runs. Call in the main thread of a rank."""
     request = StopRequest()
-    before = {number: signal.signal(number, request._raise) for number in _SIGNALS}
-    try:
+    with _handled_by(request._raise):
         yield request
+
+
+@contextmanager
+def leave_on_stop() -> Iterator[None]:
+    """Turn the signals into Preempted while the block runs. Call in the main thread, around what has no ranks yet."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Preempted()
+
+    with _handled_by(leave):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -9,7 +9,7 @@ from typing import Protocol
 from megagrok.config import RunConfig
 from megagrok.data.batches import Batch, TrainBatches
 from megagrok.engine.engine import Engine, StepTotals, Update
-from megagrok.errors import EXIT_PREEMPTED, NonFiniteError
+from megagrok.errors import NonFiniteError
 from megagrok.parallel.ranks import JSON, Ranks
 from megagrok.plan import global_batch_at
 from megagrok.platform import Platform
@@ -98,10 +98,3 @@ class Trainer:
             f"the gradient of step {step} is not finite (loss {loss:g}). Weights were not updated. "
             f"Samples and documents of the step are in {path}. Lower optimizer.lr, or look at those documents."
         )
-
-
-class Preempted(SystemExit):
-    """The run was asked to stop and has saved; exit status 76 tells a scheduler to start it again."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_PREEMPTED)

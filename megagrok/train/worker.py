@@ -20,8 +20,8 @@ from megagrok.telemetry.progress import Progress
 from megagrok.telemetry.tracker import make_tracker
 from megagrok.train.files import RunFiles
 from megagrok.train.hooks import Evaluate, Journal, Log, Save
-from megagrok.train.stop import listen_for_stop
-from megagrok.train.trainer import Preempted, Trainer
+from megagrok.train.stop import Preempted, listen_for_stop
+from megagrok.train.trainer import Trainer
 
 
 def train_rank(
@@ -64,6 +64,10 @@ def train_rank(
             last = trainer.train(done, stop)
             if last < run.train.steps:
                 save.save(last)
+                if ranks.rank == 0:
+                    print(
+                        f"stopped after step {last}, which is saved. Go on: {files.resume_command()}", file=sys.stderr
+                    )
                 raise Preempted()
         finally:
             if journal is not None:
@@ -83,7 +87,7 @@ def _open_journal(run: RunConfig, files: RunFiles, checkpoint: Checkpoint | None
             print(f"  passed over {skipped}", file=sys.stderr)
     metrics = open_metrics(files.metrics, last_step=done)
     tracker = make_tracker(run.telemetry, run_dir=files.root, run_name=run.name, resolved_config=to_dict(run))
-    return Journal(metrics, tracker, Progress(run.train.steps, start_step=done))
+    return Journal(metrics, tracker, Progress(run.train.steps, start_step=done, stream=sys.stderr))
 
 
 def _peak_of_all_ranks(run: RunConfig, platform: Platform) -> float:

@@ -113,6 +113,13 @@ REFUSALS: list[tuple[RunConfig, dict[str, object], str]] = [
         "train.evaluate_samples = 15, needs a multiple of train.micro_batch * parallel.data (2). "
         "Fix: train.evaluate_samples in {14, 16}.",
     ),
+    (
+        QUICK,
+        {"parallel.virtual_pipeline": 2, "train.evaluate_samples": 6},
+        "train.evaluate_samples / (train.micro_batch * parallel.data) = 3 micro-batches, needs a multiple of "
+        "parallel.pipeline (2): interleaved chunks take turns in rounds of that many. "
+        "Fix: train.evaluate_samples in {4, 8} or parallel.virtual_pipeline = 1.",
+    ),
     # 17, 18 sequences
     (
         QUICK,
