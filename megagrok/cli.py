@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config
+from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config, reference
 from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
 from megagrok.train.files import RunFiles
@@ -78,6 +78,11 @@ def run_describe(options: argparse.Namespace) -> int:
 
 def run_explain(options: argparse.Namespace) -> int:
     """Print what a setting means, and its value and origin in a run."""
+    if options.all:
+        print(reference(), end="")
+        return 0
+    if options.key is None:
+        raise ConfigError("explain needs a setting, such as parallel.tensor, or --all")
     loaded = None if options.config is None else load_config(options.config, options.overrides)
     print(explain(options.key, loaded))
     return 0
@@ -153,8 +158,9 @@ def _add_describe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", metavar="KEY", help="setting or section, such as parallel.tensor")
+    parser.add_argument("key", nargs="?", metavar="KEY", help="setting or section, such as parallel.tensor")
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file whose value to show")
+    parser.add_argument("--all", action="store_true", help="every setting, as the page docs/configuration.md")
     _add_overrides(parser)
 
 

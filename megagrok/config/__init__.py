@@ -2,7 +2,7 @@
 
 from megagrok.config.checks import field_problems
 from megagrok.config.decode import from_dict, to_dict
-from megagrok.config.explain import Explanation, explain
+from megagrok.config.explain import Explanation, explain, reference
 from megagrok.config.load import Loaded, decode_config, is_model_file, load_config, load_model_config
 from megagrok.config.problems import Fix, Problem, placed, raise_problems
 from megagrok.config.schema import (
@@ -46,5 +46,6 @@ __all__ = [
     "load_model_config",
     "placed",
     "raise_problems",
+    "reference",
     "to_dict",
 ]

@@ -47,6 +47,28 @@ def explain(key: str, loaded: Loaded | None = None) -> Explanation:
     return Explanation(key, type_words(setting.annotation), _default(setting), _doc(setting), values, below)
 
 
+def reference() -> str:
+    """All settings as one Markdown page: what `docs/configuration.md` holds."""
+    page = "# Every setting\n\nWritten by `megagrok explain --all`; a test holds it against the code.\n"
+    sections = [key for key, setting in all_settings().items() if section_class(setting.annotation)]
+    return page + _table("") + "".join(f"\n## {key}\n\n{_doc(all_settings()[key])}\n{_table(key)}" for key in sections)
+
+
+def _table(section: str) -> str:
+    """The plain settings right below a section; "" is the top of the file."""
+    rows = ["\n| setting | type | default | meaning |", "|---|---|---|---|"]
+    for key, setting in all_settings().items():
+        if key.rpartition(".")[0] == section and not section_class(setting.annotation):
+            default = "(required)" if setting.is_required else _default(setting)
+            cells = map(_cell, (f"`{key}`", type_words(setting.annotation), default, _doc(setting)))
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def _doc(setting: Setting) -> str:
     inner = section_class(setting.annotation)
     return setting.doc or (docstrings()[inner.__name__, ""] if inner else "")
