@@ -65,9 +65,7 @@ def train_rank(
             if last < run.train.steps:
                 save.save(last)
                 if ranks.rank == 0:
-                    print(
-                        f"stopped after step {last}, which is saved. Go on: {files.resume_command()}", file=sys.stderr
-                    )
+                    print(f"stopped; step {last} is saved. Go on with: {files.resume_command()}", file=sys.stderr)
                 raise Preempted()
         finally:
             if journal is not None:
