@@ -86,7 +86,9 @@ def deepspeed_config(run: RunConfig, parameters: list[LocalParameter]) -> dict[s
         },
     }
     if is_low_precision:
-        config["bf16"] = {"enabled": True}
+        # Each micro-batch's gradient is added to the fp32 sum as soon as it is there; otherwise DeepSpeed would wait
+        # for a call of its own backward, which never comes, and step with zeros.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 

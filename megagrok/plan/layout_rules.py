@@ -115,10 +115,10 @@ def _optimizer_state(config: RunConfig) -> Iterator[Problem]:
             "over all micro-batches, so sharding them saves nothing."
         )
         yield Problem("parallel.zero", text, (Fix("parallel.zero", 1),))
-    if parallel.zero == 0 and precision != "fp32":
+    if parallel.zero != 1 and precision != "fp32":
         text = (
-            f"parallel.zero = 0 with train.precision = {precision}, needs 1 or 2: "
-            "the fp32 master weights live in the sharded optimizer."
+            f"parallel.zero = {parallel.zero} with train.precision = {precision}, needs 1: "
+            "DeepSpeed accumulates gradients in fp32 at that stage only."
         )
         yield Problem("parallel.zero", text, (Fix("parallel.zero", 1), Fix("train.precision", "fp32")))
 

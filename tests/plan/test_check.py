@@ -213,9 +213,14 @@ REFUSALS: list[tuple[RunConfig, dict[str, object], str]] = [
     (
         PRETRAIN,
         {"parallel.zero": 0},
-        "parallel.zero = 0 with train.precision = bf16, needs 1 or 2: the fp32 master weights live in the "
-        "sharded optimizer. "
-        "Fix: parallel.zero = 1 or train.precision = fp32.",
+        "parallel.zero = 0 with train.precision = bf16, needs 1: DeepSpeed accumulates gradients in fp32 at that stage "
+        "only. Fix: parallel.zero = 1 or train.precision = fp32.",
+    ),
+    (
+        QUICK,
+        {"parallel.zero": 2, "parallel.pipeline": 1, "train.precision": "bf16"},
+        "parallel.zero = 2 with train.precision = bf16, needs 1: DeepSpeed accumulates gradients in fp32 at that stage "
+        "only. Fix: parallel.zero = 1 or train.precision = fp32.",
     ),
 ]
 
