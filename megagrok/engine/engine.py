@@ -25,6 +25,7 @@ from megagrok.data.batches import Batch
 from megagrok.engine.gradients import global_norm, sum_over_tensor_ranks, sum_tied_embeddings
 from megagrok.engine.optimizer import Shard, make_deepspeed_engine, set_step_count, shards
 from megagrok.engine.state import GRADIENT, cut, is_spoken_for, load_state, router_fragments, shard_fragments
+from megagrok.errors import DataError
 from megagrok.model.grok import GrokModel
 from megagrok.model.loss import IGNORED_LABEL, expert_load
 from megagrok.model.parts import LocalParameter, fill_initial_values, local_parameters
@@ -81,8 +82,11 @@ class Engine:
 
     def forward_backward(self, batch: Batch) -> StepTotals:
         """Run all micro-batches through the pipeline and back. Gradients of the step's mean loss are then in place,
-        not yet reduced. Raises nothing on a loss that is not finite: `update` looks at that."""
+        not yet reduced. Raises DataError, on all ranks, if no label of the step counts; nothing on a loss that is not
+        finite: `update` looks at that."""
         num_tokens = self._count_tokens(batch)
+        if num_tokens == 0:
+            raise DataError("the step has no label that counts on any rank; its mean loss has no value")
         scale = dist.get_world_size(self._groups.data) / num_tokens
         self._config.grad_scale_func = lambda loss: loss * scale
         losses = self._run_schedule(batch, forward_only=False)
