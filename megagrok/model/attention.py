@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megagrok.model.transformer_config import GrokTransformerConfig
 from megagrok.parallel.context import context_positions, gather_sequence
 
-# Queries a block; shorter ones cost more in calls than they save in scores (measured on a CPU at 256 and 512 positions).
+# Queries a block; shorter ones cost more in calls than they save in scores (on a CPU, 256 and 512 positions).
 _SHORTEST_BLOCK = 64
 _MOST_BLOCKS = 8
 
