@@ -89,10 +89,10 @@ class GrokModel(MegatronModule):
         grok = self.config.grok
         tied_weight = self.embedding.word_embeddings.weight if grok.tied_embeddings and self.pre_process else None
         logits_sBv, _ = self.output_layer(hidden_sBD, weight=tied_weight)
-        logits_sBv = logits_sBv.float() * grok.output_multiplier
-        if grok.final_softcap is not None:
-            logits_sBv = torch.tanh(logits_sBv / grok.final_softcap) * grok.final_softcap
-        return cast(Tensor, logits_sBv)
+        cap = 1.0 if grok.final_softcap is None else grok.final_softcap
+        # Scaled once for both, and capped in place: these are the largest activations of the model.
+        logits_sBv = logits_sBv.float() * (grok.output_multiplier / cap)
+        return cast(Tensor, logits_sBv if grok.final_softcap is None else logits_sBv.tanh_() * cap)
 
     def _rotary_angles(self, positions_s: Tensor) -> Tensor:
         """Angles of half-split RoPE, [s, 1, 1, head_dim], computed in fp64: at position 131071 fp32 is off by 1e-2."""
