@@ -7,25 +7,15 @@ nothing but orders: over the ranks of a split matrix, over micro-batches, over d
 
 from typing import Final
 
+from megagrok.verify import tolerance
+
 FP32_ROUNDING: Final = 2.0**-24
 
-LAYOUT_LOSS: Final = 1.0e-6
-"""Mean token loss, absolute, two layouts of one fp32 model. A loss of about 6 is a mean over some 1000 tokens of sums
-over some 1000 logits: sqrt(1000) u = 1.9e-6 of a single token's loss, averaged over independent tokens to 6e-8."""
-
-LAYOUT_GRADIENT: Final = 1.0e-5
-"""Norm of the difference of one parameter's gradients, over the gradient's norm. A chain of some 50 matrix products,
-each off by sqrt(100) u = 6e-7 in independent directions: sqrt(50) * 6e-7 = 4e-6, and twice that for safety."""
-
-LAYOUT_GRAD_NORM: Final = 2.0e-6
-"""Global gradient norm, relative. Errors across the parameters are independent of the gradient, so they enter the norm
-by their projection on it: a tenth of LAYOUT_GRADIENT, and twice that for safety."""
-
-LAYOUT_WEIGHTS: Final = 5.0e-5
-"""Any weight after five AdamW steps, absolute, at lr 1e-2 and eps 1e-5. A step moves a weight by at most about lr; its
-relative error is at most that of m / (sqrt(v) + eps). eps keeps a gradient near zero from becoming a step of either
-sign: an error of 1e-9 in such a gradient moves the weight by lr * 1e-9 / 1e-5 = 1e-6 a step. Growth over five steps,
-where later gradients see the moved weights, takes the rest."""
+LAYOUT_LOSS: Final = tolerance.LOSS
+LAYOUT_GRADIENT: Final = tolerance.GRADIENT
+LAYOUT_GRAD_NORM: Final = tolerance.GRAD_NORM
+LAYOUT_WEIGHTS: Final = tolerance.WEIGHTS
+"""Those of verify-layout, which gives the reasons."""
 
 FP32_ELEMENTWISE: Final = 8 * FP32_ROUNDING
 """A function of single numbers, relative, written two ways: a handful of roundings."""
@@ -34,3 +24,14 @@ FP32_ELEMENTWISE: Final = 8 * FP32_ROUNDING
 def fp32_sum(*, terms: int) -> float:
     """Relative to the sum of the terms' sizes: a sum in two orders. Four times the random walk's sqrt(terms) u."""
     return 4.0 * float(terms) ** 0.5 * FP32_ROUNDING
+
+BF16_ROUNDING: Final = 2.0**-9
+
+BF16_LAYOUT_GRADIENT: Final = 3.0e-2
+"""Norm of the difference of one parameter's gradients in bf16, over the gradient's norm, where a layout adds partial
+results in bf16 (tensor ranks' outputs) or multiplies other rows together (experts). A chain of some 50 roundings, each
+off by half an ulp, 2^-9: sqrt(50) * 2^-9 = 1.4e-2, and twice that for safety."""
+
+BF16_LAYOUT_LOSS: Final = 5.0e-3
+"""Mean token loss in bf16, absolute: the chain's 1.4e-2 of logits of about 1, averaged over some 60 tokens to 1.8e-3,
+and twice that for the steps in which the weights differ too."""

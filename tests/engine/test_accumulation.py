@@ -1,4 +1,4 @@
-"""How samples are cut into micro-batches is invisible, also when labels are missing and micro-batches count differently."""
+"""How samples are cut into micro-batches is invisible, also when labels are missing and micro-batches are ragged."""
 
 from dataclasses import replace
 
