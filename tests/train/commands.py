@@ -11,14 +11,16 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import megagrok.train.worker  # noqa: F401  # once, here, for all processes that are forked below
+# Once, here, for all processes that are forked below.
+import megagrok.telemetry.figures
+import megagrok.train.worker  # noqa: F401
 from megagrok.checkpoint import find_checkpoint
 from megagrok.cli import main
 from megagrok.parallel.ranks import Alone
@@ -41,8 +43,10 @@ class Done:
 class Command:
     """A command that runs. `wait` must be called."""
 
-    def __init__(self, *arguments: object, folder: Path) -> None:
-        """folder: where it is called; paths in arguments and settings are relative to it."""
+    def __init__(self, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        """folder: where it is called; paths in arguments and settings are relative to it.
+        environment: variables that it sees besides this process's own."""
+        self._environment = environment or {}
         self._texts = [folder / f"{stream}-{time.monotonic_ns()}.txt" for stream in ("out", "err")]
         sys.stdout.flush()
         sys.stderr.flush()
@@ -55,6 +59,7 @@ class Command:
         try:
             os.setsid()
             os.chdir(folder)
+            os.environ.update(self._environment)
             for number, path in enumerate(self._texts, start=1):
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(descriptor, number)
@@ -77,7 +82,7 @@ class Command:
         os.kill(self.pid, number)
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that run now, by their names, in rank order."""
+        """Process ids of its children, which are its ranks, in rank order, once the data is prepared."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return sorted(int(child) for child in children)
 

@@ -45,7 +45,7 @@ FOUR_RANKS = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=
 
 @dataclass(frozen=True, slots=True)
 class Untouched:
-    """A run of eight steps on four ranks that nothing happened to."""
+    """A run of eight steps that nothing happened to."""
 
     files: RunFiles
     done: Done
@@ -62,7 +62,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def untouched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Untouched:
-    """Read it, copy it, leave it as it is."""
+    """On four ranks. Read it, copy it, leave it as it is."""
     folder = tmp_path_factory.mktemp("untouched")
     done = run("train", config, *FOUR_RANKS, folder=folder)
     return Untouched(RunFiles(folder / "runs" / "law"), done)
+
+
+@pytest.fixture(scope="session")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Untouched:
+    """The same eight steps on one rank, with W&B, in a folder whose name a shell would split."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = run("train", config, "runs_dir=my runs", "telemetry.wandb=offline", folder=folder)
+    return Untouched(RunFiles(folder / "my runs" / "law"), done)
