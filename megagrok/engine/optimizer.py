@@ -90,7 +90,7 @@ def deepspeed_config(run: RunConfig, parameters: list[LocalParameter]) -> dict[s
         # for a call of its own backward, which never comes, and step with zeros.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # Else the fp32 sums would be rounded to bf16 on their way over the data ranks (deepspeed 0.19.8 engine.py:3800).
+        # Else fp32 sums would be rounded to bf16 on their way over the data ranks (deepspeed 0.19.8 engine.py:3800).
         config["communication_data_type"] = "fp32"
     return config
 

@@ -1,4 +1,4 @@
-"""bf16 computes in bf16 and remembers in fp32: gradients are summed, weights kept and stepped, in fp32, on any layout."""
+"""bf16 computes in bf16 and remembers in fp32: sums of gradients, weights and their steps, on any layout."""
 
 from dataclasses import dataclass, replace
 
