@@ -16,6 +16,7 @@ from megagrok.config import Loaded, decode_config, explain, is_model_file, load_
 from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
 from megagrok.train.files import RunFiles
+from megagrok.verify.choices import BREAK_NAMES, GRID_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,34 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_verify_layout(options: argparse.Namespace) -> int:
+    """Hold a grid of layouts of the run's twin against the oracle; 1 if any differs, and always with a planted bug."""
+    from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
+
+    drop_vain_warnings_on_cpu()
+    from megagrok.verify import report
+    from megagrok.verify.run import Request, verify
+    from megagrok.verify.twin import Switches
+
+    if is_model_file(options.config):
+        model, switches, own = load_model_config(options.config, options.overrides), Switches(), None
+    else:
+        loaded = decode_config(options.config, options.overrides)
+        require_runnable(loaded)
+        model, switches, own = loaded.config.model, Switches.of(loaded.config), loaded.config.parallel
+    request = Request(
+        model=model, switches=switches, own=own, grid=options.grid, steps=options.steps, planted=options.planted
+    )
+    if options.json:
+        rows = verify(request)
+        print(report.to_json(request, rows))
+    else:
+        print(report.heading(request), flush=True)
+        rows = verify(request, on_row=lambda row: print(report.line(row), flush=True))
+        print(report.closing(request, rows))
+    return int(request.planted is not None or not all(row.matches for row in rows))
+
+
 def _count(text: str) -> int:
     count = int(text)
     if count < 1:
@@ -178,12 +207,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=_count, metavar="N", help="checkpoint to use instead of the newest")
 
 
+def _add_verify_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run or of a model")
+    _add_overrides(parser)
+    parser.add_argument("--grid", choices=GRID_NAMES, default="default", help="some 30 layouts, or 8")
+    parser.add_argument("--steps", type=_count, default=5, metavar="N", help="optimizer steps of each layout")
+    parser.add_argument("--break", dest="planted", choices=BREAK_NAMES, help="plant a bug and see it caught")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, at the end")
+
+
 COMMANDS = {
     "train": Command("Train, or go on training, on this machine or as a rank.", _add_config, run_train),
     "resume": Command("Go on with a run as it was last started.", _add_resume, run_resume),
     "generate": Command("Text from a run's checkpoint.", _add_generate, run_generate),
     "check": Command("Check a run without starting it: every problem at once.", _add_check, run_check),
     "describe": Command("Parameters, FLOPs and bytes of a model or a run.", _add_describe, run_describe),
+    "verify-layout": Command(
+        "Prove on CPU ranks that no layout changes the maths of a run's model.", _add_verify_layout, run_verify_layout
+    ),
     "explain": Command("What a setting means, and where its value comes from.", _add_explain, run_explain),
 }
 
