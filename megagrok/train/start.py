@@ -8,17 +8,20 @@ import multiprocessing
 import os
 from contextlib import nullcontext
 
+import torch
+
 from megagrok.checkpoint import Checkpoint, find_checkpoint
-from megagrok.config import RunConfig, to_dict
+from megagrok.config import Loaded, RunConfig, to_dict
 from megagrok.data.prepare import PreparedData, prepare
 from megagrok.errors import CheckpointError, DataError
 from megagrok.parallel.launch import Placement, discover, join, run_ranks
+from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
 from megagrok.parallel.ranks import Alone, Ranks
-from megagrok.plan import world_size
+from megagrok.plan import require_runnable, world_size
 from megagrok.platform import CPU, find_platform
 from megagrok.train.files import RunFiles
 from megagrok.train.folder import claimed, write_run_files
-from megagrok.train.stop import leave_on_stop
+from megagrok.train.stop import StopRequest, hold_signals, leave_on_stop
 
 # One collective waits this long for a peer before the run is given up. gloo sees a dead peer at once; this is for one
 # that hangs, and has to outlast the slowest save.
@@ -34,31 +37,35 @@ def start_training(run: RunConfig, files: RunFiles) -> None:
     a user, a file or a machine can cause; a dead rank is a RankError.
     """
     placement = discover()
-    with leave_on_stop():
+    with leave_on_stop() as stop:
         if placement is None:
-            _train_here(run, files)
+            _train_here(run, files, stop)
         else:
             _train_as_placed(run, files, placement)
 
 
-def _train_here(run: RunConfig, files: RunFiles) -> None:
+def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest) -> None:
     """Fork all ranks from this process."""
     # The data is prepared while this process imports Megatron and DeepSpeed, which takes as long. The child only fills
     # the cache; whatever is wrong with the data is found again below, and raised here.
     ahead = multiprocessing.get_context("fork").Process(target=_prepare_quietly, args=(run,))
-    ahead.start()
+    drop_vain_warnings_on_cpu()
     try:
+        with hold_signals():
+            ahead.start()
         from megagrok.train.finish import finish_run
         from megagrok.train.worker import train_rank
 
         ahead.join()
     finally:
         ahead.kill()
+        ahead.join()
     prepared = _prepare(run)
     num_ranks = world_size(run.parallel)
     with claimed(files):
         _check_resumable(find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes"), run)
         write_run_files(run, files, prepared)
+        stop.check()
         run_ranks(
             train_rank,
             num_ranks,
@@ -68,17 +75,21 @@ def _train_here(run: RunConfig, files: RunFiles) -> None:
             CPU,
             COLLECTIVE_TIMEOUT_SECONDS,
             timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS,
-            threads_per_rank=max(1, (os.cpu_count() or 1) // num_ranks),
+            # What torch would take alone: cores that this process may use, or OMP_NUM_THREADS.
+            threads_per_rank=max(1, torch.get_num_threads() // num_ranks),
         )
         finish_run(run, files, CPU)
 
 
 def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> None:
     """Be one rank of a job that a launcher started."""
+    require_runnable(Loaded(run, {}), placement.world_size)
+    platform = find_platform(placement.local_rank)
+    if not platform.is_cuda:
+        drop_vain_warnings_on_cpu()
     from megagrok.train.finish import finish_run
     from megagrok.train.worker import train_rank
 
-    platform = find_platform(placement.local_rank)
     device = platform.device if platform.is_cuda else None
     ranks = join(placement, backend=platform.backend, timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS, device=device)
     prepared = _prepare_once(run, ranks)

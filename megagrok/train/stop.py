@@ -27,6 +27,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.is_raised = False
 
+    def check(self) -> None:
+        """Raise Preempted if a signal came."""
+        if self.is_raised:
+            raise Preempted()
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.is_raised = True
 
@@ -40,14 +45,30 @@ def listen_for_stop() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def leave_on_stop() -> Iterator[None]:
-    """Turn the signals into Preempted while the block runs. Call in the main thread, around what has no ranks yet."""
+def leave_on_stop() -> Iterator[StopRequest]:
+    """Turn the signals into Preempted while the block runs. Call in the main thread, around what has no ranks yet.
+
+    Python drops an exception that a handler raises inside some callbacks (those of a fork, say): the block checks the
+    request again before it starts something that others wait for.
+    """
+    request = StopRequest()
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise Preempted()
+        request._raise(number, frame)
+        request.check()
 
     with _handled_by(leave):
+        yield request
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Keep the signals waiting while the block runs, and for ever in a process that it forks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
         yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
