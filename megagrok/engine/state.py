@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megagrok.checkpoint import Checkpoint, Fragment
 from megagrok.config.schema import ModelConfig
-from megagrok.engine.optimizer import Shard
+from megagrok.engine.optimizer import MOMENTS, Shard
+from megagrok.errors import CheckpointError
 from megagrok.model.grok import GrokModel
 from megagrok.model.names import parameter_shapes
 from megagrok.model.parts import LocalParameter, Part
@@ -44,7 +45,9 @@ def router_fragments(chunks: list[GrokModel], groups: ProcessGroups) -> Iterator
 def load_state(
     checkpoint: Checkpoint, parameters: list[LocalParameter], held: list[Shard], chunks: list[GrokModel]
 ) -> None:
-    """Read this rank's weights, shards and router loads, whatever layout wrote them. Raises CheckpointError."""
+    """Read this rank's weights, shards and router loads, whatever layout wrote them. Raises CheckpointError; nothing
+    is changed if the checkpoint is of another model."""
+    _check_model(checkpoint, chunks[0].config.grok)
     for item in parameters:
         flat = item.parameter.data.view(-1)
         for part in item.parts:
@@ -77,6 +80,23 @@ def is_spoken_for(item: LocalParameter, groups: ProcessGroups, *, zero: int) -> 
     if zero:
         return True
     return place.expert_data == 0 if item.is_expert else place.data == place.context == 0
+
+
+def _check_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """The checkpoint holds the state of this model, no tensor less, none more, all of the same shape."""
+    kinds = (WEIGHT, *MOMENTS)
+    wanted = {f"{kind}/{name}": shape for kind in kinds for name, shape in parameter_shapes(model).items()}
+    wanted |= {f"{ROUTER_LOAD}/{number}": (model.moe.num_experts,) for number in range(model.num_layers)}
+    names = [name for name in checkpoint.names() if name.split("/")[0] in (*kinds, ROUTER_LOAD)]
+    found = {name: tuple(checkpoint.shape_of(name)) for name in names}
+    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        there, here = (f"shape {side[name]}" if name in side else "no such tensor" for side in (found, wanted))
+        raise CheckpointError(
+            f"{checkpoint.path}: is of another model. {name}: {there} there, {here} in the configuration; "
+            f"{len(differing)} tensors differ. Load it with the model that it was saved with."
+        )
 
 
 def _overlaps(owner: LocalParameter, begin: int, end: int) -> Iterator[tuple[Part, int, int]]:
