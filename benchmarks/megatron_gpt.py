@@ -116,7 +116,6 @@ def _own_moe_config(run: RunConfig, groups: ProcessGroups, platform: Platform) -
     return replace(
         make_transformer_config(run, groups, platform),
         perform_initialization=True,
-        init_method_std=run.model.init_std,
         moe_token_dispatcher_type="allgather",  # alltoall waits on CUDA streams
         moe_router_pre_softmax=True,
         moe_router_dtype="fp32",

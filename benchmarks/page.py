@@ -33,7 +33,7 @@ CPU seconds say what a step costs whoever else uses the machine; tokens/s also p
   both give the same losses (tests/benchmarks/test_train_step.py). The layer assumes that tensor ranks hold copies of
   the same tokens; under sequence parallelism they do not, so it is told that there is no tensor parallelism.
 
-Not comparable: a contender whose parameters differ by more than 2 %, or whose first loss does, is refused.
+Not comparable: a contender whose parameters differ by more than 2 %, or whose first loss by more than 10 %, is refused.
 
 ## Again
 

@@ -28,7 +28,8 @@ from megagrok.train.schedule import learning_rate
 WARM_UP_ROUNDS = 2
 COLLECTIVE_TIMEOUT_SECONDS = 120.0
 MOST_PARAMETER_DIFFERENCE = 0.02
-MOST_FIRST_LOSS_DIFFERENCE = 0.02
+# Grok scales its first logits, Megatron does not: both start near a guess among all tokens, not at the same loss.
+MOST_FIRST_LOSS_DIFFERENCE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
