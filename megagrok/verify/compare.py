@@ -72,6 +72,8 @@ class Row:
 def compare(layout: Layout, run: RunConfig, trajectory: Trajectory, reports: list[RankReport], seconds: float) -> Row:
     """Hold one layout against the oracle. run: the twin that its ranks trained; reports: theirs, in rank order."""
     steps, last_weights = gather(reports)
+    for came in (last_weights, *(step.weights for step in steps), *(step.gradients for step in steps)):
+        assert came.keys() == trajectory.weights.keys(), f"not on all sides: {came.keys() ^ trajectory.weights.keys()}"
     answers = _answers(run, steps)
     gradient, gradient_name = _worst(
         (_distance(step.gradients[name], true, answer.grad_norm), name)

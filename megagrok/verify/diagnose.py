@@ -135,8 +135,9 @@ def explain_norm(step_number: int, step: Step, sizes: Mapping[str, int]) -> Find
         if abs(square / total - 1) > 1e-6 and abs(square / total - ratio**2) < _SQUARE_PRECISION
     ]
     if fitting:
-        _, subject, cause = min(fitting)
-        return Finding(f"gradient norm, {subject}", step_number, ratio, (cause,), _largest(step.squares, subject))
+        _, subject, _ = min(fitting)
+        causes = tuple(cause for _, other, cause in fitting if other == subject)
+        return Finding(f"gradient norm, {subject}", step_number, ratio, causes, _largest(step.squares, subject))
     return Finding("gradient norm", step_number, ratio, tuple(name_factor(ratio, sizes)))
 
 
