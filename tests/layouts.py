@@ -7,6 +7,7 @@ Tensors leave a rank as fragments; `whole` puts them together and proves that ev
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -66,6 +67,13 @@ VARIANTS = {
     "heads wider than the stream": replace(MODEL, head_dim=24),
 }
 """Every switch of the architecture, thrown at least once."""
+
+
+def in_tiers(names: Iterable[str], *, slow: tuple[str, ...]) -> list[object]:
+    """Parameters of a test: `slow` ones go to the slow tier, since the default tier has a minute for all of them."""
+    cases = list(names)
+    assert set(slow) <= set(cases)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else pytest.param(name) for name in cases]
 
 
 def make_run(

@@ -11,6 +11,7 @@ from layouts import (
     Step,
     assert_close,
     batch_of,
+    in_tiers,
     make_run,
     of_kind,
     start,
@@ -85,7 +86,7 @@ def test_any_number_of_micro_batches_gives_the_same_step(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS, slow=("one rank", "data, ZeRO 0", "context")))
 def test_labels_that_do_not_count_are_invisible_on_any_layout(name: str) -> None:
     model, parallel = LAYOUTS[name]
     runs = [

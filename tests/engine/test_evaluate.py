@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tolerance
 import torch
-from layouts import MODEL, RESIDUAL, TIED, Step, batch_of, copies, make_run, start, take_step, tokens_of
+from layouts import MODEL, RESIDUAL, TIED, Step, batch_of, copies, in_tiers, make_run, start, take_step, tokens_of
 from ranks import run_ranks
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def with_and_without(ranks: Ranks, name: str) -> tuple[list[list[Step]], list[li
     return histories, states, evaluations
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS, slow=("experts, ZeRO 2", "tied stages", "context")))
 def test_evaluation_is_exact_and_leaves_no_trace(name: str) -> None:
     model, parallel, precision = LAYOUTS[name]
     by_rank = run_ranks(with_and_without, world_size(parallel), name=name)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from layouts import MODEL, TIED, batch_of, copies, make_run, start
+from layouts import MODEL, TIED, batch_of, copies, in_tiers, make_run, start
 from ranks import run_ranks
 from torch import Tensor
 
@@ -83,7 +83,9 @@ def survive(ranks: Ranks, name: str) -> tuple[list[Aftermath], Update]:
     return aftermaths, expected
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", in_tiers(LAYOUTS, slow=("ZeRO 0, stages", "ZeRO 1, experts", "ZeRO 1, stages", "bf16, experts"))
+)
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_told_to_all(name: str) -> None:
     for aftermaths, expected in run_ranks(survive, world_size(LAYOUTS[name][1]), name=name):
         assert expected.is_applied

@@ -14,6 +14,7 @@ from layouts import (
     batch_of,
     copies,
     distance,
+    in_tiers,
     make_run,
     of_kind,
     start,
@@ -86,7 +87,7 @@ def results_of(name: str) -> dict[OptimizerConfig, Result]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS, slow=("ZeRO 0, tensor", "ZeRO 1, tied stages")))
 def test_matrices_are_decayed_and_norms_and_the_embedding_are_not(name: str) -> None:
     model, _ = LAYOUTS[name]
     plain, decayed = results_of(name)[PLAIN].state, results_of(name)[DECAYED].state
@@ -100,7 +101,7 @@ def test_matrices_are_decayed_and_norms_and_the_embedding_are_not(name: str) -> 
             assert not bool(difference.any()), parameter
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS, slow=("ZeRO 0, tensor", "ZeRO 1, tied stages")))
 def test_gradients_are_scaled_down_to_the_limit_by_the_true_norm(name: str) -> None:
     """Seen in the first moment, which is (1 - beta1) times the clipped gradient; AdamW's step would hide the scale."""
     model, _ = LAYOUTS[name]
@@ -119,7 +120,7 @@ def test_gradients_are_scaled_down_to_the_limit_by_the_true_norm(name: str) -> N
         assert_close(of_kind("exp_avg", result.state), clipped, 2 * tolerance.LAYOUT_GRADIENT)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS, slow=("ZeRO 0, tensor", "ZeRO 1, tied stages")))
 def test_weights_after_clipped_and_decayed_steps_are_torchs_own(name: str) -> None:
     model, _ = LAYOUTS[name]
     run, result = make_run(model, optimizer=TRAINED), results_of(name)[TRAINED]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layouts import RESIDUAL, Step, batch_of, make_run, of_kind, start, take_step, whole
+from layouts import RESIDUAL, Step, batch_of, in_tiers, make_run, of_kind, start, take_step, whole
 from ranks import run_ranks
 
 from megagrok.config.schema import ModelConfig, ParallelConfig
@@ -37,7 +37,7 @@ def steps_with(
     return results
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS, slow=("tensor", "stages", "context")))
 def test_recomputed_gradients_have_the_same_bits_and_routing_counts_once(name: str) -> None:
     model, parallel = LAYOUTS[name]
     settings: list[dict[str, object]] = [{"recompute": kind} for kind in ("none", "selective", "full")]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tolerance
 import torch
-from layouts import MODEL, Oracle, Step, batch_of, copies, make_run, of_kind, start, take_step, whole
+from layouts import MODEL, Oracle, Step, batch_of, copies, in_tiers, make_run, of_kind, start, take_step, whole
 from ranks import run_ranks
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def loads_and_steps(
     return steps, held, copies(engine.state_fragments())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_tiers(LAYOUTS, slow=("tensor", "context, ZeRO 0")))
 def test_routers_hold_the_previous_steps_load_on_every_rank(name: str) -> None:
     model, parallel = LAYOUTS[name]
     run = make_run(model, parallel)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tolerance
 import torch
-from layouts import MODEL, RESIDUAL, TIED, batch_of, copies, make_run, of_kind, start, take_step, whole
+from layouts import MODEL, RESIDUAL, TIED, batch_of, copies, in_tiers, make_run, of_kind, start, take_step, whole
 from ranks import run_ranks
 
 from megagrok.checkpoint import Fragment, find_checkpoint, save_checkpoint
@@ -83,7 +83,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ran]]:
     return folder, run_ranks(run_through, 4, run=make_run(DEEP, SPREAD), folder=folder)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", in_tiers(OTHERS, slow=("one rank, ZeRO 0", "data, ZeRO 2", "context, ZeRO 0")))
 def test_another_layout_goes_on_within_the_layout_law(name: str, spread: tuple[Path, list[Ran]]) -> None:
     folder, through = spread
     run = make_run(DEEP, OTHERS[name])
@@ -128,7 +128,9 @@ def stop_and_go_on(ranks: Ranks, run: RunConfig, folder: Path) -> tuple[Ran, Ran
     )
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize(
+    "name", in_tiers(SAME, slow=("one rank", "ZeRO 0", "tensor and experts", "interleaved", "bf16, tied stages"))
+)
 def test_ten_steps_are_five_a_checkpoint_and_five_bit_for_bit(name: str, tmp_path: Path) -> None:
     model, parallel, precision = SAME[name]
     run = make_run(model, parallel, precision=precision)
