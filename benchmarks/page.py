@@ -41,8 +41,8 @@ Not comparable: a contender whose parameters differ by more than 2 %, or whose f
 {command}
 ```
 
-Settings follow as KEY=VALUE, for example `parallel.tensor=1 parallel.sequence=false parallel.data=2` for experts over
-data ranks instead of tensor ranks.
+Settings follow as KEY=VALUE: with `parallel.tensor=1 parallel.sequence=false parallel.data=2 train.micro_batch=2` experts
+are spread over data ranks instead of tensor ranks, and the stock layer runs as its authors meant it to.
 """
 
 
@@ -52,6 +52,7 @@ def write_page(record: dict[str, Any], path: Path) -> None:
     facts = {
         "device": record["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "load before the race": f"{record['load_before']} runnable processes of others, on average over a minute",
         "commit": record["commit"],
         **record["shapes"],
     }

@@ -35,6 +35,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    load_before = os.getloadavg()[0]
     try:
         loaded = decode_config(options.config, options.overrides)
         require_runnable(loaded)
@@ -51,7 +52,7 @@ def main() -> int:
         "config": relative(options.config),
         "overrides": options.overrides,
         "repeats": options.repeats,
-        **describe_machine(),
+        **describe_machine(load_before),
         "shapes": describe_shapes(run),
         "contenders": [asdict(result) for result in results],
     }
@@ -102,8 +103,8 @@ def describe_shapes(run: RunConfig) -> dict[str, object]:
     }
 
 
-def describe_machine() -> dict[str, object]:
-    """Device, versions and commit."""
+def describe_machine(load_before: float) -> dict[str, object]:
+    """Device, versions, commit, and how busy others kept the machine."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "deepspeed")}
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     described = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -111,6 +112,8 @@ def describe_machine() -> dict[str, object]:
         "device": f"CPU, {machine.machine()}, {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{len(os.sched_getaffinity(0))} cores, 1 thread a rank, gloo",
         "versions": {"python": machine.python_version(), **versions},
+        # Of the minute before the race: above a fraction of the cores, trust the CPU seconds more than the clock.
+        "load_before": f"{load_before:.1f}",
         "commit": described.stdout.strip() or "unknown",
     }
 
