@@ -41,8 +41,8 @@ Not comparable: a contender whose parameters differ by more than 2 %, or whose f
 {command}
 ```
 
-Settings follow as KEY=VALUE: with `parallel.tensor=1 parallel.sequence=false parallel.data=2 train.micro_batch=2` experts
-are spread over data ranks instead of tensor ranks, and the stock layer runs as its authors meant it to.
+Settings follow as KEY=VALUE: with `parallel.tensor=1 parallel.sequence=false parallel.data=2 train.micro_batch=2` the
+experts are spread over data ranks instead of tensor ranks, and the stock layer runs as its authors meant it to.
 """
 
 
