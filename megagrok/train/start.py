@@ -6,14 +6,16 @@ this machine's CPU, from one parent that has imported everything once.
 
 import multiprocessing
 import os
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.distributed as dist
 
 from megagrok.checkpoint import Checkpoint, find_checkpoint
 from megagrok.config import Loaded, RunConfig, to_dict
 from megagrok.data.prepare import PreparedData, prepare
-from megagrok.errors import CheckpointError, DataError
+from megagrok.errors import CheckpointError, DataError, MegagrokError, RankError
 from megagrok.parallel.launch import Placement, discover, join, run_ranks
 from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
 from megagrok.parallel.ranks import Alone, Ranks
@@ -92,15 +94,15 @@ def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> N
 
     device = platform.device if platform.is_cuda else None
     ranks = join(placement, backend=platform.backend, timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS, device=device)
-    prepared = _prepare_once(run, ranks)
-    with claimed(files) if ranks.rank == 0 else nullcontext():
-        _check_resumable(find_checkpoint(files.checkpoints, ranks=ranks, verify="sizes"), run)
-        if ranks.rank == 0:
-            write_run_files(run, files, prepared)
+    with _lost_peers_named(ranks), ExitStack() as held:
+        _on_rank_0(ranks, lambda: _prepare(run))
+        prepared = _prepare(run)
+        _on_rank_0(ranks, lambda: held.enter_context(claimed(files)))
+        checkpoint = find_checkpoint(files.checkpoints, ranks=ranks, verify="sizes")
+        _on_rank_0(ranks, lambda: _check_resumable(checkpoint, run))
+        _on_rank_0(ranks, lambda: write_run_files(run, files, prepared))
         train_rank(ranks, run, files, prepared, platform, COLLECTIVE_TIMEOUT_SECONDS)
-        if ranks.rank == 0:
-            finish_run(run, files, platform)
-    ranks.barrier()
+        _on_rank_0(ranks, lambda: finish_run(run, files, platform))
 
 
 def _prepare(run: RunConfig) -> PreparedData:
@@ -119,12 +121,35 @@ def _prepare_quietly(run: RunConfig) -> None:
         os._exit(1)
 
 
-def _prepare_once(run: RunConfig, ranks: Ranks) -> PreparedData:
-    """Rank 0 fills the cache, the others then open it. Collective."""
+def _on_rank_0(ranks: Ranks, work: Callable[[], object]) -> None:
+    """Let rank 0 do something while the others wait. What it raises ends them too, silently and with the same status:
+    a lost peer would have a scheduler try again. Collective."""
+    failure: MegagrokError | None = None
     if ranks.rank == 0:
-        _prepare(run)
-    ranks.barrier()
-    return _prepare(run)
+        try:
+            work()
+        except MegagrokError as error:
+            failure = error
+    status = ranks.gather(None if failure is None else failure.exit_code)[0]
+    if failure is not None:
+        raise failure
+    if isinstance(status, int):
+        raise SystemExit(status)
+
+
+@contextmanager
+def _lost_peers_named(ranks: Ranks) -> Iterator[None]:
+    """Turn what gloo and NCCL say when a peer is gone into a RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's have no class of their own, only the source file that they come from.
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        raise RankError(
+            f"rank {ranks.rank} of {ranks.world_size} lost a peer: {error}\n"
+            "The cause is what the rank that failed first has said."
+        ) from error
 
 
 def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig) -> None:

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from megagrok.errors import EXIT_PREEMPTED
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from megagrok.parallel.forked import STOP_SIGNALS
 
 
 class Preempted(SystemExit):
@@ -64,7 +63,7 @@ def leave_on_stop() -> Iterator[StopRequest]:
 @contextmanager
 def hold_signals() -> Iterator[None]:
     """Keep the signals waiting while the block runs, and for ever in a process that it forks."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -73,7 +72,7 @@ def hold_signals() -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -53,14 +53,15 @@ def test_the_command_that_the_summary_gives_goes_on_with_the_run(alone: Untouche
     assert lines(alone.files)[: len(before)] == before
 
 
-def test_a_stop_before_there_are_ranks_ends_the_command_with_nothing_lost(config: Path, tmp_path: Path) -> None:
-    command = Command("train", config, *TWO_RANKS, "train.steps=5", folder=tmp_path)
-    # Its first child prepares the data.
+def test_a_stop_while_data_is_prepared_ends_the_command_at_once(config: Path, tmp_path: Path) -> None:
+    much = "data.sources=[{kind: python_stdlib, max_bytes: 40000000}]"
+    command = Command("train", config, *TWO_RANKS, much, "data.cache=cache", folder=tmp_path)
+    # Its first child prepares the data, for half a minute.
     wait_until(lambda: command.ranks() != [], command)
     command.signal(signal.SIGTERM)
-    done = command.wait()
+    done = command.wait(limit_seconds=8)
     assert (done.status, done.out) == (EXIT_PREEMPTED, ""), done.err
-    assert not (tmp_path / "runs" / "law" / "metrics.jsonl").exists()
+    assert not (tmp_path / "runs").exists()
     assert command.survivors() == []
 
 
@@ -122,6 +123,25 @@ def test_ranks_that_a_launcher_started_train_stop_and_resume_like_forked_ones(
     assert losses(files) == pytest.approx(losses(untouched.files), rel=0, abs=tolerance.LAYOUT_LOSS)
     left, right = ({path.name for path in run.root.iterdir()} for run in (files, untouched.files))
     assert left == right
+
+
+def test_a_placed_rank_whose_peer_dies_says_so_and_asks_to_be_started_again(config: Path, tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "runs" / "law")
+    first, second = placed(config, tmp_path, *TWO_RANKS)
+    wait_until(lambda: 2 in steps_in(files), first)
+    second.signal(signal.SIGKILL)
+    done = first.wait(limit_seconds=20)
+    assert second.wait().status == -signal.SIGKILL
+    assert done.status == EXIT_TRANSIENT, done.err
+    assert "RankError: rank 0 of 2 lost a peer: " in done.err and "Traceback" not in done.err
+
+
+def test_what_one_placed_rank_finds_out_is_said_once_and_ends_all(config: Path, tmp_path: Path) -> None:
+    first, second = placed(config, tmp_path, *TWO_RANKS, "train.evaluate_samples=4000")
+    said, silent = first.wait(), second.wait()
+    assert (said.status, silent.status) == (3, 3)
+    assert said.err.startswith("DataError: train.evaluate_samples = 4,000: ")
+    assert (silent.out, silent.err) == ("", "")
 
 
 def test_a_launcher_that_starts_another_number_of_ranks_is_refused(config: Path, tmp_path: Path) -> None:
