@@ -17,10 +17,11 @@ _LOGGED = {
 _WARNED = (
     "Transformer Engine and Apex are not installed.",
     "Apex is not installed.",
-    # About CUDA graphs and CUDA_DEVICE_MAX_CONNECTIONS.
+    # About CUDA graphs, CUDA_DEVICE_MAX_CONNECTIONS, and recomputing an attention core that is not ours.
     "full scope is deprecated.",
     "When using async grad allreduce it is recommended to set",
     "When using sequence parallelism it is recommended to set",
+    "If you are using transformer_engine as the transformer implementation,",
     # Megatron's calls of torch functions that have a new name.
     "`torch.distributed.all_gather_into_tensor` is deprecated.",
     "`torch.distributed.reduce_scatter_tensor` is deprecated.",
