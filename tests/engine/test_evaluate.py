@@ -117,3 +117,21 @@ def evaluate_any_size(ranks: Ranks) -> tuple[float, float]:
 def test_an_evaluation_may_be_cut_anywhere() -> None:
     for at_once, in_parts in run_ranks(evaluate_any_size, 2):
         assert in_parts == pytest.approx(at_once, rel=1e-6)
+
+
+def outputs_with_a_graph(ranks: Ranks) -> list[bool]:
+    """Whether the model's outputs keep what a backward pass would need: in evaluation, then in training."""
+    run = make_run()
+    groups = start(run)
+    engine = build_engine(run, groups, find_platform())
+    kept: list[bool] = []
+    engine._chunks[0].register_forward_hook(lambda module, inputs, losses: kept.append(losses.requires_grad))
+    batch = batch_of(run, HELD_OUT, groups)
+    first = replace(batch, tokens_MBS=batch.tokens_MBS[:1], labels_MBS=batch.labels_MBS[:1])
+    engine.evaluate(first)
+    engine.forward_backward(first)
+    return kept
+
+
+def test_evaluation_keeps_nothing_for_a_backward_pass() -> None:
+    assert run_ranks(outputs_with_a_graph, 1) == [[False, True]]
