@@ -8,7 +8,7 @@ from megagrok.telemetry.report import write_report
 from megagrok.train.files import RunFiles
 from megagrok.train.generate import Sampling, generate_from_run
 
-_PROMPT = "def "
+_PROMPT = "def __init__(self, "
 # The reference model holds all weights in one process, in fp32, and goes through all of them again for each token.
 _LARGEST_MODEL_THAT_SPEAKS = 200_000_000
 
