@@ -105,13 +105,13 @@ def test_a_rank_may_die_at_any_time(config: Path, tmp_path: Path, untouched: Unt
     assert_same_run(files, untouched.files, STEPS)
 
 
-OTHER_LAYOUTS = {
-    "expert 2 over data 2": ("parallel.expert=2", "parallel.data=2"),
-    "one rank that shards nothing": ("parallel.zero=0",),
-}
-
-
-@pytest.mark.parametrize("layout", OTHER_LAYOUTS.values(), ids=list(OTHER_LAYOUTS))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(("parallel.zero=0",), id="one rank that shards nothing"),
+        pytest.param(("parallel.expert=2", "parallel.data=2"), id="expert 2 over data 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_in_another_layout(
     config: Path, tmp_path: Path, untouched: Untouched, layout: tuple[str, ...]
 ) -> None:
@@ -121,4 +121,3 @@ def test_a_run_goes_on_in_another_layout(
     expected, actual = losses(untouched.files), losses(files)
     assert actual.keys() == expected.keys()
     assert actual == pytest.approx(expected, rel=0, abs=tolerance.LAYOUT_LOSS)
-    assert actual != expected or "zero" not in str(layout)
