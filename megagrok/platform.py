@@ -51,6 +51,11 @@ class Platform:
 CPU = Platform(torch.device("cpu"), "gloo")
 
 
+def num_gpus() -> int:
+    """GPUs that this machine shows; 0 without a driver."""
+    return torch.cuda.device_count()
+
+
 def find_platform(local_rank: int = 0) -> Platform:
     """The GPU numbered `local_rank` where there are GPUs, else the CPU. Asked once per process, before groups exist."""
     if not torch.cuda.is_available():

@@ -23,9 +23,9 @@ def test_a_shipped_run_passes_its_check(path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--world", "8", "parallel.data=2"],
-        ["parallel.data=2", "--world", "8"],
-        ["parallel.data=2", "--world=8", "train.seed=1"],
+        ["--world", "8", "parallel.data=2", "train.global_batch=16"],
+        ["parallel.data=2", "train.global_batch=16", "--world", "8"],
+        ["parallel.data=2", "--world=8", "train.global_batch=16"],
     ],
 )
 def test_settings_stand_before_or_after_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ def fp32_sum(*, terms: int) -> float:
     """Relative to the sum of the terms' sizes: a sum in two orders. Four times the random walk's sqrt(terms) u."""
     return 4.0 * float(terms) ** 0.5 * FP32_ROUNDING
 
+
 BF16_ROUNDING: Final = 2.0**-9
 
 BF16_LAYOUT_GRADIENT: Final = 3.0e-2

@@ -6,6 +6,7 @@ this machine's CPU, from one parent that has imported everything once.
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -20,7 +21,7 @@ from megagrok.parallel.launch import Placement, discover, join, run_ranks
 from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
 from megagrok.parallel.ranks import Alone, Ranks
 from megagrok.plan import require_runnable, world_size
-from megagrok.platform import CPU, find_platform
+from megagrok.platform import CPU, find_platform, num_gpus
 from megagrok.train.files import RunFiles
 from megagrok.train.folder import claimed, write_run_files
 from megagrok.train.stop import StopRequest, hold_signals, leave_on_stop
@@ -48,6 +49,12 @@ def start_training(run: RunConfig, files: RunFiles) -> None:
 
 def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest) -> None:
     """Fork all ranks from this process."""
+    if num_gpus():
+        print(
+            f"note: training on the CPU; for the {num_gpus()} GPU(s) here: "
+            f"torchrun --nproc-per-node {num_gpus()} -m megagrok train ...",
+            file=sys.stderr,
+        )
     # The data is prepared while this process imports Megatron and DeepSpeed, which takes as long. The child only fills
     # the cache; whatever is wrong with the data is found again below, and raised here.
     ahead = multiprocessing.get_context("fork").Process(target=_prepare_quietly, args=(run,))
