@@ -59,7 +59,8 @@ setup(
         "cpu": ["torch==2.13.0", *ENGINE],
         # For NVIDIA's PyTorch container, whose torch, Transformer Engine and Apex must stay as they are. Neither of the
         # last two is listed: transformer-engine would be rebuilt, and the apex of PyPI is another project's.
-        "gpu": ["torch>=2.8", *ENGINE],
+        # Python 3.12 there has newer Megatron-core; docs/why/megatron-versions.md says what was read of it.
+        "gpu": ["torch>=2.8", "megatron-core>=0.16.1,<0.20", "deepspeed==0.19.8"],
         "dev": DEV,
     },
     entry_points={"console_scripts": ["megagrok=megagrok.cli:main"]},

@@ -97,7 +97,7 @@ class ParallelConfig:
     data: int = 1
     """Replicas of the model, each with its own part of the batch."""
     zero: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage: 0 keeps all, 1 shards optimizer state, 2 shards gradients too."""
+    """DeepSpeed ZeRO stage: 0 keeps all, 1 shards optimizer state, 2 the reduced gradients too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,6 +83,6 @@ def _bytes_of(params: RankParams, parallel: ParallelConfig, precision: Precision
     dense_copies = parallel.context * parallel.data
     expert_copies = parallel.tensor * parallel.context * parallel.data // parallel.expert
     sharded = -(-params.dense // dense_copies) + -(-params.expert // expert_copies)
-    gradients = sharded if parallel.zero == 2 else num_params
     optimizer = num_params * MOMENT_BYTES if parallel.zero == 0 else sharded * (MASTER_BYTES + MOMENT_BYTES)
-    return StateBytes(num_params * weight_bytes(precision), gradients * GRADIENT_BYTES, optimizer)
+    # Whole at every ZeRO stage: the schedule accumulates all micro-batches before ZeRO 2 keeps its shard.
+    return StateBytes(num_params * weight_bytes(precision), num_params * GRADIENT_BYTES, optimizer)
