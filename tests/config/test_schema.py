@@ -1,11 +1,14 @@
 """The schema documents itself, and the tables of ranges speak of fields that exist."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 from megagrok.config import checks
 from megagrok.config.fields import all_settings, section_class, without_null
 
+ROOT = Path(__file__).parents[2]
 LEAVES = {key: setting for key, setting in all_settings().items() if section_class(setting.annotation) is None}
 NAMES = {key.rpartition(".")[2] for key in LEAVES}
 
@@ -40,3 +43,15 @@ def test_config_plan_and_the_command_load_neither_torch_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_setting_is_read_somewhere_outside_the_settings() -> None:
+    rooms = [path for path in (ROOT / "megagrok").rglob("*.py") if "config" not in path.parts]
+    read = {
+        node.attr
+        for path in rooms
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    unread = sorted(key for key in LEAVES if key.rpartition(".")[2] not in read)
+    assert not unread, f"settings that nobody reads: {unread}"
