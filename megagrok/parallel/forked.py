@@ -83,9 +83,13 @@ class ForkedRank:
         """Process id."""
         return cast(int, self._process.pid)
 
-    def look(self) -> None:
-        """Take the rank's report if there is one, or note its death."""
-        now = time.time()
+    def look(self, quiet_since: float | None) -> None:
+        """Take the rank's report if there is one, or note its death.
+
+        quiet_since: nobody has reported since then; None if somebody just did. Linux closes the sockets of a process
+        that is killed before it looks dead from here: when the first report is a peer's complaint about that, a
+        sighting now would date the death after its own echo.
+        """
         # In this order: a report sent just before death still lies in the pipe.
         alive = self._process.is_alive()
         if self.pipe.poll():
@@ -95,7 +99,7 @@ class ForkedRank:
                 self._process.join(timeout=1)
                 self.ending = Died(self._seen_alive, self._how_it_died())
         elif alive:
-            self._seen_alive = now
+            self._seen_alive = self._seen_alive if quiet_since is None else quiet_since
         else:
             self.ending = Died(self._seen_alive, self._how_it_died())
 

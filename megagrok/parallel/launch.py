@@ -174,9 +174,10 @@ def _watch(team: Sequence[ForkedRank]) -> None:
     while running := [member for member in team if member.ending is None]:
         if deadline is not None and time.monotonic() > deadline:
             return
-        connection.wait([member.pipe for member in running], timeout=_POLL_SECONDS)
+        asked_at = time.time()
+        is_quiet = not connection.wait([member.pipe for member in running], timeout=_POLL_SECONDS)
         for member in running:
-            member.look()
+            member.look(asked_at if is_quiet else None)
         if deadline is None and any(isinstance(member.ending, Failure) for member in running):
             deadline = time.monotonic() + LEAVE_SECONDS
         if deadline is not None:
