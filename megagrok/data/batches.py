@@ -24,9 +24,7 @@ from torch import Tensor
 from megagrok.data.prepare import PreparedData
 from megagrok.data.samples import SampleReader
 from megagrok.errors import DataError
-
-NOT_COUNTED = -100
-"""A label that no loss is computed for. Pre-training has none; fine-tuning masks prompts with it."""
+from megagrok.model.loss import IGNORED_LABEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class Batch:
     tokens_MBS: Tensor
     """Inputs, int64, on the CPU."""
     labels_MBS: Tensor
-    """The token that follows each input, int64; NOT_COUNTED where it does not count."""
+    """The token that follows each input, int64; IGNORED_LABEL where it does not count."""
     sample_ids: tuple[int, ...]
     """Sample numbers, counted through all epochs, in the order of [M, B]."""
     document_ids: tuple[tuple[int, ...], ...]
@@ -45,7 +43,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Labels of this rank's part that count towards the loss."""
-        return int((self.labels_MBS != NOT_COUNTED).sum())
+        return int((self.labels_MBS != IGNORED_LABEL).sum())
 
 
 class TrainBatches:

@@ -11,8 +11,6 @@ import warnings
 _LOGGED = {
     # megagrok.platform has decided for the CPU by itself.
     "DeepSpeed": "Setting accelerator to CPU.",
-    # For every layer whose mlp slot holds a ModuleSpec of a class that is not Megatron's, as ours does.
-    "megatron.core.transformer.transformer_layer": "Unknown MLP type:",
 }
 _WARNED = (
     "Transformer Engine and Apex are not installed.",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megagrok.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megagrok.config.schema import Recompute
-from megagrok.data.batches import NOT_COUNTED, Batch
+from megagrok.data.batches import Batch
+from megagrok.model.loss import IGNORED_LABEL
 
 LR, EPS = 1.0e-2, 1.0e-5
 """Those that the tolerances are stated for."""
@@ -127,8 +128,8 @@ def twin_batch(run: RunConfig, step: int, data_rank: int = 0, data_size: int = 1
     shape = (run.train.global_batch, run.train.seq_len + 1)
     tokens = (torch.rand(shape, generator=stream).square() * run.model.vocab_size).long()
     labels = tokens[:, 1:].clone()
-    labels[0, : run.train.seq_len // 2] = NOT_COUNTED
-    labels[1, : run.train.seq_len // 8] = NOT_COUNTED
+    labels[0, : run.train.seq_len // 2] = IGNORED_LABEL
+    labels[1, : run.train.seq_len // 8] = IGNORED_LABEL
     return Batch(
         tokens_MBS=_deal(tokens[:, :-1], run, data_rank, data_size),
         labels_MBS=_deal(labels, run, data_rank, data_size),

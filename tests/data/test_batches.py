@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrok.data.batches import NOT_COUNTED, Batch, TrainBatches, held_out_batches
+from megagrok.data.batches import Batch, TrainBatches, held_out_batches
 from megagrok.data.prepare import PreparedData
 from megagrok.errors import DataError
+from megagrok.model.loss import IGNORED_LABEL
 
 SEQ_LEN = 7
 
@@ -80,7 +81,7 @@ def test_labels_are_the_tokens_that_follow(prepared):
 
 def test_labels_that_do_not_count_are_not_counted(prepared):
     batch = batches(prepared).next_batch(4)
-    batch.labels_MBS[0, 0, :3] = NOT_COUNTED
+    batch.labels_MBS[0, 0, :3] = IGNORED_LABEL
     assert batch.num_tokens == 4 * SEQ_LEN - 3
 
 
