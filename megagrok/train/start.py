@@ -65,7 +65,10 @@ def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest) -> None:
         from megagrok.train.finish import finish_run
         from megagrok.train.worker import train_rank
 
-        ahead.join()
+        # A stop that came inside a callback of the imports was swallowed there; its flag was not.
+        while ahead.is_alive():
+            stop.check()
+            ahead.join(timeout=0.2)
     finally:
         ahead.kill()
         ahead.join()
