@@ -11,10 +11,12 @@ Sample j of a step goes to micro-batch j // (micro_batch * data_size) of data ra
 
 So the sets of micro_batch samples that go through the model together do not depend on data_size.
 
+Samples that a guard has left out (a rewind) are passed over when they come up; those after them move forward.
+
 Shape letters: M micro-batches of this rank, B samples of a micro-batch, S tokens of a sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,7 @@ from megagrok.data.prepare import PreparedData
 from megagrok.data.samples import SampleReader
 from megagrok.errors import DataError
 from megagrok.model.loss import IGNORED_LABEL
+from megagrok.parallel.ranks import JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,13 @@ class TrainBatches:
         """Every rank makes its own; nothing is exchanged. Raises DataError if the data makes up no sample."""
         assert 0 <= data_rank < data_size and micro_batch > 0
         self.consumed_samples = 0
-        """Samples of all ranks in the steps so far; the next step starts with this sample."""
+        """Position behind the last sample of the steps so far, those left out among them counted."""
+        self.left_out: tuple[tuple[int, int], ...] = ()
+        """Samples [from, to) that are passed over when they come up; equal on all ranks."""
         self._reader = SampleReader(prepared.train(), seq_len=seq_len, seed=seed)
         self._identity: dict[str, int | str] = {"fingerprint": prepared.fingerprint, "seq_len": seq_len, "seed": seed}
+        self._sizes = {"documents": prepared.num_train_documents, "tokens": prepared.num_train_tokens}
+        self._changes: list[JSON] = []
         self._micro_batch, self._data_rank, self._data_size = micro_batch, data_rank, data_size
 
     @property
@@ -65,38 +72,90 @@ class TrainBatches:
         """Samples before the data repeats, in another order."""
         return self._reader.order.samples_per_epoch
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the data; see PreparedData."""
+        return str(self._identity["fingerprint"])
+
+    @property
+    def next_sample(self) -> int:
+        """The first sample of the next step."""
+        return self._pass_over(self.consumed_samples)
+
     def next_batch(self, global_batch: int) -> Batch:
         """This rank's part of the next global_batch samples. Called by every rank with the same number.
 
         Raises DataError unless global_batch is a multiple of micro_batch * data_size.
         """
-        samples = range(self.consumed_samples, self.consumed_samples + global_batch)
+        samples: list[int] = []
+        at = self.consumed_samples
+        for _ in range(global_batch):
+            samples.append(self._pass_over(at))
+            at = samples[-1] + 1
         batch = _read_batch(self._reader, samples, self._micro_batch, self._data_rank, self._data_size)
-        self.consumed_samples += global_batch
+        self.consumed_samples = at
         return batch
 
-    def state_dict(self) -> dict[str, int | str]:
-        """The position and what it is a position in; JSON, equal on all ranks."""
-        return {"consumed_samples": self.consumed_samples, **self._identity}
+    def leave_out(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """From now on pass over samples [from, to) of each range. Called by every rank with the same ranges."""
+        self.left_out = tuple(sorted({*self.left_out, *((low, high) for low, high in ranges)}))
 
-    def load_state(self, state: dict[str, int | str]) -> None:
-        """Go to a saved position, whatever the numbers of ranks were. Raises DataError naming every difference."""
-        differences = [
-            f"{name}: saved {state.get(name)}, now {value}"
-            for name, value in self._identity.items()
-            if state.get(name) != value
-        ]
-        if differences:
-            raise DataError(
-                "the saved position belongs to other data: "
-                + "; ".join(differences)
-                + ". A fingerprint differs when documents, tokenizer or data.held_out_fraction do. "
-                "Restore the settings, or start a new run."
-            )
+    def state_dict(self) -> dict[str, JSON]:
+        """The position and what it is a position in; JSON, equal on all ranks."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            **self._identity,
+            **self._sizes,
+            "left_out": [list(range_) for range_ in self.left_out],
+            "changes": list(self._changes),
+        }
+
+    def load_state(self, state: Mapping[str, JSON], *, accept_change: bool = False) -> str | None:
+        """Go to a saved position, whatever the numbers of ranks were; what was left out stays so.
+
+        accept_change: go on at the same position in other data: sample n is then what it is in a run that had these
+        data from the start, so documents of the old data may come again or never. It is noted in the state. Returns the
+        fingerprint of the old data if it was another one.
+        Raises DataError naming every difference.
+        """
         consumed = state.get("consumed_samples")
         if not isinstance(consumed, int) or consumed < 0:
             raise DataError(f"the saved position has consumed_samples = {consumed!r}, needs an integer of 0 or more")
+        differing = [name for name, value in self._identity.items() if state.get(name) != value]
+        if differing and not (differing == ["fingerprint"] and accept_change):
+            raise DataError(self._differences(state, differing))
         self.consumed_samples = consumed
+        self.left_out = _ranges(state.get("left_out", []))
+        changes = state.get("changes", [])
+        self._changes = list(changes) if isinstance(changes, list) else []
+        if not differing:
+            return None
+        before = str(state.get("fingerprint"))
+        self._changes.append({"consumed_samples": consumed, "from": before, "to": self.fingerprint})
+        return before
+
+    def _pass_over(self, at: int) -> int:
+        while beyond := next((high for low, high in self.left_out if low <= at < high), 0):
+            at = beyond
+        return at
+
+    def _differences(self, state: Mapping[str, JSON], differing: Sequence[str]) -> str:
+        """Why a saved position is not one in these data, and what can be done about it."""
+        if differing != ["fingerprint"]:
+            named = "; ".join(f"{name}: saved {state.get(name)}, now {self._identity[name]}" for name in differing)
+            return f"the saved position belongs to other data: {named}. Restore the settings, or start a new run."
+        sizes = [
+            f"{saved:,} training {name}, now {size:,}"
+            for name, size in self._sizes.items()
+            if isinstance(saved := state.get(name), int)
+        ]
+        same = "the same numbers of documents and tokens, other contents, tokenizer, order or data.held_out_fraction"
+        what = "; ".join(sizes) if any(state.get(name) != size for name, size in self._sizes.items()) else same
+        return (
+            f"the data changed under the run: fingerprint {str(state.get('fingerprint'))[:8]}, now "
+            f"{self.fingerprint[:8]} ({what}). Restore the data, start a new run, or go on at sample "
+            f"{state.get('consumed_samples')} of the new data with --accept-data-change (it is recorded)."
+        )
 
 
 def held_out_batches(
@@ -122,7 +181,15 @@ def held_out_batches(
     return (_read_batch(reader, samples, micro_batch, data_rank, data_size) for samples in steps)
 
 
-def _read_batch(reader: SampleReader, samples: range, micro_batch: int, data_rank: int, data_size: int) -> Batch:
+def _ranges(value: JSON) -> tuple[tuple[int, int], ...]:
+    """Pairs out of a saved state. Raises DataError for anything else."""
+    pairs = [tuple(pair) for pair in value if isinstance(pair, list)] if isinstance(value, list) else None
+    if pairs is None or any(len(pair) != 2 or any(type(end) is not int for end in pair) for pair in pairs):
+        raise DataError(f"the saved position has left_out = {str(value)[:80]}, needs pairs of sample numbers")
+    return tuple((int(str(low)), int(str(high))) for low, high in pairs)
+
+
+def _read_batch(reader: SampleReader, samples: Sequence[int], micro_batch: int, data_rank: int, data_size: int) -> Batch:
     width = micro_batch * data_size
     if len(samples) == 0 or len(samples) % width:
         nearest = sorted({max(len(samples) // width, 1) * width, (len(samples) // width + 1) * width})
