@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config, reference
-from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, MegagrokError
+from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, DataError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
 from megagrok.train.files import RunFiles
 from megagrok.verify.choices import BREAK_NAMES, GRID_NAMES
@@ -92,7 +92,7 @@ def run_explain(options: argparse.Namespace) -> int:
 def run_train(options: argparse.Namespace) -> int:
     """Train a configuration, from its newest checkpoint if its run has one."""
     loaded = decode_config(options.config, options.overrides)
-    return _train(loaded, RunFiles.of(loaded.config))
+    return _train(loaded, RunFiles.of(loaded.config), options)
 
 
 def run_resume(options: argparse.Namespace) -> int:
@@ -104,15 +104,31 @@ def run_resume(options: argparse.Namespace) -> int:
         if override.partition("=")[0] in ("name", "runs_dir"):
             raise ConfigError(f"{override}: a run is resumed in its own folder. To branch off, copy {options.run}.")
     # The folder that was given, not the one that its configuration names: it may have been moved, or we may.
-    return _train(decode_config(files.config, options.overrides), files)
+    return _train(decode_config(files.config, options.overrides), files, options)
 
 
-def _train(loaded: Loaded, files: RunFiles) -> int:
+def _train(loaded: Loaded, files: RunFiles, options: argparse.Namespace) -> int:
     require_runnable(loaded)
     from megagrok.train.start import start_training
 
-    start_training(loaded.config, files)
+    start_training(loaded.config, files, accept_data_change=options.accept_data_change)
     return 0
+
+
+def run_audit_data(options: argparse.Namespace) -> int:
+    """Prove from a run's ledger that every sample was used exactly once, or name what was not; 3 then."""
+    from megagrok.checkpoint import list_steps
+    from megagrok.checkpoint.commit import read_commit, step_name
+    from megagrok.data.audit import audit
+
+    files = RunFiles(options.run)
+    saved = {}
+    for step in list_steps(files.checkpoints) if files.checkpoints.exists() else []:
+        position = read_commit(files.checkpoints / step_name(step))[0].facts["data"]
+        saved[step] = int(position["consumed_samples"])  # type: ignore[index, call-overload, arg-type]  # as saved
+    found = audit(files.ledger, saved)
+    print(f"{options.run}\n{found.to_text()}")
+    return DataError.exit_code if found.problems else 0
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -196,6 +212,22 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
     _add_overrides(parser)
+    _add_accept(parser)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    _add_accept(parser)
+
+
+def _add_accept(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-data-change", action="store_true", help="go on in data that are not the checkpoint's, on the record"
+    )
+
+
+def _add_audit_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -217,8 +249,9 @@ def _add_verify_layout(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = {
-    "train": Command("Train, or go on training, on this machine or as a rank.", _add_config, run_train),
+    "train": Command("Train, or go on training, on this machine or as a rank.", _add_train, run_train),
     "resume": Command("Go on with a run as it was last started.", _add_resume, run_resume),
+    "audit-data": Command("Prove that every sample was used exactly once.", _add_audit_data, run_audit_data),
     "generate": Command("Text from a run's checkpoint.", _add_generate, run_generate),
     "check": Command("Check a run without starting it: every problem at once.", _add_check, run_check),
     "describe": Command("Parameters, FLOPs and bytes of a model or a run.", _add_describe, run_describe),

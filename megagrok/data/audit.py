@@ -133,9 +133,13 @@ def audit(folder: Path, saved: Mapping[int, int]) -> Audit:
     if problems:
         problems += _duplicates_and_gaps(book, history, at)
     begins = [begin for part, _ in history for begin in book.begins[part].values()]
-    left_out_samples = {sample for begin in begins for low, high in begin.left_out for sample in range(low, min(high, at))}
+    left_out_samples = {
+        sample for begin in begins for low, high in begin.left_out for sample in range(low, min(high, at))
+    }
     counted = {(part, step) for part, steps in history for step in steps}
-    redone = {(part, step) for part in book.steps for step, lines in book.steps[part].items() if _is_done(lines)} - counted
+    redone = {
+        (part, step) for part in book.steps for step, lines in book.steps[part].items() if _is_done(lines)
+    } - counted
     return Audit(
         problems=tuple(problems),
         notes=tuple(_notes(book, last_step, newest)),
@@ -310,7 +314,9 @@ def _named(samples: Sequence[Run]) -> str:
     texts = []
     for first, count, stride, length in samples[:4]:
         text = f"{first:,}" if length == 1 else f"{first:,}..{first + length - 1:,}"
-        texts.append(text if count == 1 else f"{text} and every {stride:,} after it to {first + (count - 1) * stride:,}")
+        texts.append(
+            text if count == 1 else f"{text} and every {stride:,} after it to {first + (count - 1) * stride:,}"
+        )
     return "samples " + ", ".join(texts) + (", ..." if len(samples) > 4 else "")
 
 
@@ -323,4 +329,7 @@ def _first_sample(lines: Sequence[Step]) -> int:
 
 
 def _end(lines: Sequence[Step]) -> int:
-    return max((first + (count - 1) * stride + length for line in lines for first, count, stride, length in line.samples), default=0)
+    return max(
+        (first + (count - 1) * stride + length for line in lines for first, count, stride, length in line.samples),
+        default=0,
+    )

@@ -189,7 +189,9 @@ def _ranges(value: JSON) -> tuple[tuple[int, int], ...]:
     return tuple((int(str(low)), int(str(high))) for low, high in pairs)
 
 
-def _read_batch(reader: SampleReader, samples: Sequence[int], micro_batch: int, data_rank: int, data_size: int) -> Batch:
+def _read_batch(
+    reader: SampleReader, samples: Sequence[int], micro_batch: int, data_rank: int, data_size: int
+) -> Batch:
     width = micro_batch * data_size
     if len(samples) == 0 or len(samples) % width:
         nearest = sorted({max(len(samples) // width, 1) * width, (len(samples) // width + 1) * width})

@@ -44,9 +44,19 @@ class RunFiles:
         return self.root / "tokenizer.json"
 
     @property
+    def lease(self) -> Path:
+        """Says which start of the run holds the folder."""
+        return self.root / "lease.json"
+
+    @property
     def lock(self) -> Path:
-        """Held while a run lives; says by whom."""
-        return self.root / "lock"
+        """Held for a moment while the lease changes hands."""
+        return self.root / "lease.lock"
+
+    @property
+    def ledger(self) -> Path:
+        """Which samples each step used, a file for each data rank."""
+        return self.root / "ledger"
 
     def resume_command(self, *settings: str) -> str:
         """What to type to go on with the run from here."""

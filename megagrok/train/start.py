@@ -31,10 +31,13 @@ from megagrok.train.stop import StopRequest, hold_signals, leave_on_stop
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 # What a resumed run may not change: with another model, other data or another order it would be another run.
 _FIXED = ("model.", "data.", "train.seed", "train.seq_len")
+_ACCEPT = " To go on with other data all the same: --accept-data-change (it is recorded)."
 
 
-def start_training(run: RunConfig, files: RunFiles) -> None:
+def start_training(run: RunConfig, files: RunFiles, *, accept_data_change: bool = False) -> None:
     """Train to the end of the run, from the newest checkpoint in its folder if there is one, and write the report.
+
+    accept_data_change: go on though the data are not those of the checkpoint, and record it.
 
     Raises SystemExit with status 76 if the run was asked to stop and has saved, and MegagrokError for everything that
     a user, a file or a machine can cause; a dead rank is a RankError.
@@ -42,12 +45,12 @@ def start_training(run: RunConfig, files: RunFiles) -> None:
     placement = discover()
     with leave_on_stop() as stop:
         if placement is None:
-            _train_here(run, files, stop)
+            _train_here(run, files, stop, accept_data_change)
         else:
-            _train_as_placed(run, files, placement)
+            _train_as_placed(run, files, placement, accept_data_change)
 
 
-def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest) -> None:
+def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest, accept_data_change: bool) -> None:
     """Fork all ranks from this process."""
     if num_gpus():
         print(
@@ -75,7 +78,7 @@ def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest) -> None:
     prepared = _prepare(run)
     num_ranks = world_size(run.parallel)
     with claimed(files):
-        _check_resumable(find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes"), run)
+        _check_resumable(find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes"), run, accept_data_change)
         write_run_files(run, files, prepared)
         stop.check()
         run_ranks(
@@ -86,6 +89,8 @@ def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest) -> None:
             prepared,
             CPU,
             COLLECTIVE_TIMEOUT_SECONDS,
+            1,
+            accept_data_change,
             timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS,
             # What torch would take alone: cores that this process may use, or OMP_NUM_THREADS.
             threads_per_rank=max(1, torch.get_num_threads() // num_ranks),
@@ -93,7 +98,7 @@ def _train_here(run: RunConfig, files: RunFiles, stop: StopRequest) -> None:
         finish_run(run, files, CPU)
 
 
-def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> None:
+def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement, accept_data_change: bool) -> None:
     """Be one rank of a job that a launcher started."""
     require_runnable(Loaded(run, {}), placement.world_size)
     platform = find_platform(placement.local_rank)
@@ -109,9 +114,9 @@ def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement) -> N
         prepared = _prepare(run)
         _on_rank_0(ranks, lambda: held.enter_context(claimed(files)))
         checkpoint = find_checkpoint(files.checkpoints, ranks=ranks, verify="sizes")
-        _on_rank_0(ranks, lambda: _check_resumable(checkpoint, run))
+        _on_rank_0(ranks, lambda: _check_resumable(checkpoint, run, accept_data_change))
         _on_rank_0(ranks, lambda: write_run_files(run, files, prepared))
-        train_rank(ranks, run, files, prepared, platform, COLLECTIVE_TIMEOUT_SECONDS)
+        train_rank(ranks, run, files, prepared, platform, COLLECTIVE_TIMEOUT_SECONDS, 1, accept_data_change)
         _on_rank_0(ranks, lambda: finish_run(run, files, platform))
 
 
@@ -162,7 +167,7 @@ def _lost_peers_named(ranks: Ranks) -> Iterator[None]:
         ) from error
 
 
-def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig) -> None:
+def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig, accept_data_change: bool) -> None:
     """Refuse to go on with a checkpoint of another run, or beyond the end of this one. Raises CheckpointError that
     lists every difference."""
     if checkpoint is None:
@@ -178,10 +183,13 @@ def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig) -> None:
         for key in sorted({*saved, *wanted})
         if key.startswith(_FIXED) and key != "data.cache" and saved.get(key) != wanted.get(key)
     ]
+    if accept_data_change:
+        differences = [difference for difference in differences if not difference.startswith("data.")]
     if differences:
         raise CheckpointError(
             f"{checkpoint.path} belongs to another run:\n  " + "\n  ".join(differences) + "\n"
             "Fix: restore these settings, or give the new run another name (name=...)."
+            + (_ACCEPT if all(difference.startswith("data.") for difference in differences) else "")
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +13,13 @@ from megagrok.errors import NonFiniteError
 from megagrok.parallel.ranks import JSON, Ranks
 from megagrok.plan import global_batch_at
 from megagrok.platform import Platform
+from megagrok.train.account import Account
 from megagrok.train.files import RunFiles
 from megagrok.train.schedule import learning_rate
 from megagrok.train.stop import StopRequest
+
+Inject = Callable[[int, Engine], None]
+"""What a drill does to a step, between its backward pass and the reduction of its gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,15 @@ class Trainer:
         files: RunFiles,
         engine: Engine,
         data: TrainBatches,
+        account: Account,
         hooks: Sequence[Hook],
         ranks: Ranks,
         platform: Platform,
+        inject: Inject | None = None,
     ) -> None:
-        self._run, self._files, self._engine, self._data = run, files, engine, data
-        self._hooks, self._ranks, self._platform = hooks, ranks, platform
+        """inject: called with the step by every rank; for drills, it may spoil gradients and weights."""
+        self._run, self._files, self._engine, self._data, self._account = run, files, engine, data, account
+        self._hooks, self._ranks, self._platform, self._inject = hooks, ranks, platform, inject
 
     def train(self, done_steps: int, stop: StopRequest) -> int:
         """Run the steps after `done_steps` to the end of the run, or to the first step after a stop was asked for.
@@ -70,13 +77,16 @@ class Trainer:
     def train_step(self, step: int) -> StepResult:
         """One optimizer update. Order matters and is the documentation."""
         started = time.perf_counter()
-        global_batch = global_batch_at(self._run.train, self._data.consumed_samples)
+        global_batch = global_batch_at(self._run.train, self._data.next_sample)
         batch = self._data.next_batch(global_batch)  # CPU; carries document ids, so a bad step can be looked into
         totals = self._engine.forward_backward(batch)  # sums over tokens, equal on all ranks
+        if self._inject is not None:
+            self._inject(step, self._engine)
         lr = self._learning_rate(step)
         update = self._engine.update(lr)  # reduce, check, clip, step
         if not update.is_applied:
             self._refuse(step, totals, batch)  # raises on every rank together; weights have not moved
+        self._account.write(step, batch, global_batch, "trained")
         self._platform.wait()
         seconds = time.perf_counter() - started
         return StepResult(step, totals, update, lr, global_batch, self._data.consumed_samples, seconds)

@@ -18,16 +18,28 @@ from megagrok.platform import Platform, peak_flops_per_second
 from megagrok.telemetry.metrics_file import open_metrics
 from megagrok.telemetry.progress import Progress
 from megagrok.telemetry.tracker import make_tracker
+from megagrok.train.account import Account
 from megagrok.train.files import RunFiles
 from megagrok.train.hooks import Evaluate, Journal, Log, Save
 from megagrok.train.stop import Preempted, listen_for_stop
-from megagrok.train.trainer import Trainer
+from megagrok.train.trainer import Inject, Trainer
 
 
 def train_rank(
-    ranks: Ranks, run: RunConfig, files: RunFiles, prepared: PreparedData, platform: Platform, timeout_seconds: float
+    ranks: Ranks,
+    run: RunConfig,
+    files: RunFiles,
+    prepared: PreparedData,
+    platform: Platform,
+    timeout_seconds: float,
+    generation: int = 1,
+    accept_data_change: bool = False,
+    inject: Inject | None = None,
 ) -> None:
     """Build, load, train, save. Every rank of the job calls it once, with its process group formed.
+
+    generation: how often the run was started, this start included.  accept_data_change: see TrainBatches.load_state.
+    inject: see Trainer.
 
     Raises Preempted (exit status 76) after a stop was asked for and saved; else whatever ended the run.
     """
@@ -49,10 +61,15 @@ def train_rank(
             data_size=run.parallel.data,
         )
         checkpoint = find_checkpoint(files.checkpoints, ranks=ranks)
+        data_before: str | None = None
         if checkpoint is not None:
             engine.load(checkpoint)
-            data.load_state(checkpoint.facts["data"])  # type: ignore[arg-type]  # load_state checks what it is given
+            data_before = data.load_state(checkpoint.facts["data"], accept_change=accept_data_change)  # type: ignore[arg-type]  # load_state checks what it is given
         done = 0 if checkpoint is None else checkpoint.step
+        account = Account(run, files, data, ranks, groups.coordinates, generation)
+        account.begin(done)
+        if data_before is not None:
+            account.change_data(done, data_before)
         journal = _open_journal(run, files, checkpoint) if ranks.rank == 0 else None
         try:
             save = Save(run, _run_id(checkpoint, ranks), files.checkpoints, engine, data, ranks)
@@ -60,7 +77,7 @@ def train_rank(
             log = Log(run, journal, _peak_of_all_ranks(run, platform))
             if done == 0:
                 evaluate.evaluate(0)
-            trainer = Trainer(run, files, engine, data, [log, evaluate, save], ranks, platform)
+            trainer = Trainer(run, files, engine, data, account, [log, evaluate, save], ranks, platform, inject)
             last = trainer.train(done, stop)
             if last < run.train.steps:
                 save.save(last)
@@ -70,6 +87,7 @@ def train_rank(
         finally:
             if journal is not None:
                 journal.close()
+            account.close()
 
 
 def _run_id(checkpoint: Checkpoint | None, ranks: Ranks) -> str:
