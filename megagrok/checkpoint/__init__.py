@@ -5,9 +5,18 @@ all or nothing, `find_checkpoint` never returns a damaged one, `Checkpoint.read`
 The digests find rot and mix-ups; they do not prove who wrote the files.
 """
 
+from megagrok.checkpoint.fence import Fence
 from megagrok.checkpoint.fragment import Fragment
 from megagrok.checkpoint.load import Checkpoint, find_checkpoint, list_steps
 from megagrok.checkpoint.save import save_checkpoint
 from megagrok.checkpoint.verify import verify_checkpoint
 
-__all__ = ["Checkpoint", "Fragment", "find_checkpoint", "list_steps", "save_checkpoint", "verify_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Fence",
+    "Fragment",
+    "find_checkpoint",
+    "list_steps",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

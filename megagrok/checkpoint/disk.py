@@ -6,9 +6,33 @@ The writer goes through `Disk` alone, so a test can stop the world between any t
 import os
 import shutil
 import stat
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from megagrok.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What a file system has left for this user."""
+
+    bytes: int
+    files: int
+    """Names that can still be made; -1 where the file system sets no limit."""
+
+    def lack(self, place: Path, needed_bytes: int, needed_files: int) -> str | None:
+        """Why so much does not fit at `place`, or None."""
+        if needed_bytes > self.bytes:
+            return f"No space left on {place}: needs {_size(needed_bytes)}, has {_size(self.bytes)}"
+        if 0 <= self.files < needed_files:
+            return f"No space left on {place}: needs {needed_files} files (inodes), has {self.files}"
+        return None
+
+
+def _size(count: int) -> str:
+    unit, name = (1e9, "GB") if count >= 1e10 else (1e6, "MB")
+    return f"{count / unit:,.1f} {name}"
 
 
 class Disk:
@@ -17,6 +41,11 @@ class Disk:
     def make_directory(self, path: Path) -> None:
         """Create a directory and its parents; it may exist."""
         path.mkdir(parents=True, exist_ok=True)
+
+    def free_space(self, path: Path) -> Space:
+        """What is left where the directory `path` lies."""
+        status = os.statvfs(path)
+        return Space(status.f_bavail * status.f_frsize, status.f_favail if status.f_files else -1)
 
     def create(self, path: Path) -> int:
         """Create a file that does not exist, not through a link, and return its descriptor."""
@@ -56,9 +85,11 @@ class Disk:
         """Remove a directory and what is in it; refuses a link."""
         shutil.rmtree(path)
 
-    def write_file(self, path: Path, data: bytes) -> None:
-        """Put a small file in place in one step: beside it, synced, renamed over."""
-        beside = path.with_name(path.name + ".tmp")
+    def write_file(
+        self, path: Path, data: bytes, *, beside: Path | None = None, check: Callable[[], None] | None = None
+    ) -> None:
+        """Put a small file in place in one step: beside it, synced, renamed over. `check` may refuse right before it."""
+        beside = beside or path.with_name(path.name + ".tmp")
         self.remove(beside)
         descriptor = self.create(beside)
         try:
@@ -66,6 +97,8 @@ class Disk:
             self.sync(descriptor)
         finally:
             os.close(descriptor)
+        if check is not None:
+            check()
         self.rename(beside, path)
         self.sync_directory(path.parent)
 

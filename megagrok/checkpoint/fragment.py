@@ -71,6 +71,11 @@ class Fragment:
         return Piece(Box(self.start, self.shape), self.begin, self.end)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements."""
+        return self.data.numel() * self.data.dtype.itemsize
+
+    @property
     def key(self) -> str:
         """Name inside the file: the tensor's own name if the fragment is all of it, else with its place."""
         if self.shape == self.global_shape and (self.begin, self.end) == (0, prod(self.shape)):

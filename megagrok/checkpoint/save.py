@@ -1,19 +1,22 @@
 """Save a checkpoint over all ranks, or leave everything as it was and say so on all of them.
 
 The story of a save, each line a point at which the machine may die:
-  1. rank 0 clears what a crash left behind and makes step-N.tmp;
+  1. rank 0 clears what a crash left behind and makes step-N.gG.tmp (G: the run's generation);
   2. every rank writes and syncs its own file there;
   3. rank 0 checks over all reports that every tensor is covered exactly once, and writes COMMIT.json;
-  4. rank 0 renames step-N.tmp to step-N: before this line the old checkpoint counts, after it the new one;
+  4. rank 0 renames that folder to step-N: before this line the old checkpoint counts, after it the new one;
   5. only now, with that name synced, older ones are pruned. `latest` is for people and scripts; no load reads it.
 A failure on one rank is told to all between these lines, so all raise the same CheckpointError together.
 
 A run that went back to an earlier step saves steps that exist already. This one and those of its abandoned future are
 set aside as step-M.aside before line 4, or a later start would take them for the newest; they go once they are replaced
 or older than all that are kept. A load uses one only if it is asked for that step or if there is nothing else.
+
+Rank 0 asks the fence before each change in lines 1, 4 and 5 that a load could see (fence.py).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from megagrok.checkpoint.commit import (
@@ -25,31 +28,54 @@ from megagrok.checkpoint.commit import (
     digest_of,
     step_name,
 )
-from megagrok.checkpoint.disk import Disk
+from megagrok.checkpoint.disk import Disk, Space
+from megagrok.checkpoint.fence import Fence, Unfenced
 from megagrok.checkpoint.fragment import Fragment
-from megagrok.checkpoint.retention import UNFINISHED, clear_unfinished, prune, set_aside_from
+from megagrok.checkpoint.retention import clear_unfinished, prune, set_aside_from, unfinished_hint, unfinished_name
 from megagrok.checkpoint.shard import disk_failure, write_shard
 from megagrok.checkpoint.verify import size_problems
 from megagrok.errors import CheckpointError, ConfigError
 from megagrok.parallel.ranks import JSON, Ranks
 
 
+@dataclass(frozen=True, slots=True)
+class Save:
+    """One save, as all its parts need it."""
+
+    disk: Disk
+    root: Path
+    step: int
+    facts: Mapping[str, JSON]
+    ranks: Ranks
+    keep: int
+    fence: Fence
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return self.root / unfinished_name(self.step, self.fence.generation)
+
+    @property
+    def target(self) -> Path:
+        """Where it counts."""
+        return self.root / step_name(self.step)
+
+    @property
+    def shard(self) -> Path:
+        """This rank's file."""
+        return self.folder / f"rank-{self.ranks.rank:05d}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is in place."""
+
+    path: Path
+    bytes: int
+    """Of all tensors, over all ranks."""
+
+
 def save_checkpoint(
-    root: Path, step: int, fragments: Iterable[Fragment], facts: Mapping[str, JSON], *, ranks: Ranks, keep: int
-) -> Path:
-    """Write step `step` under `root` and return its folder. Collective: every rank calls it, with its own fragments.
-
-    root: a directory that all ranks see.  fragments: over all ranks they cover each tensor exactly once.
-    facts: what else resuming needs (config, data position, layout, versions), JSON, the same on all ranks; needs
-    "run_id", a string.  keep: complete checkpoints to keep, at least 2, this one included.
-    Raises CheckpointError, the same on all ranks: nothing is committed then and older checkpoints are as they were,
-    except where the text says that the step is in place. Raises ConfigError for keep < 2.
-    """
-    return save_through(Disk(), root, step, fragments, facts, ranks=ranks, keep=keep)
-
-
-def save_through(
-    disk: Disk,
     root: Path,
     step: int,
     fragments: Iterable[Fragment],
@@ -57,27 +83,51 @@ def save_through(
     *,
     ranks: Ranks,
     keep: int,
+    fence: Fence | None = None,
 ) -> Path:
-    """`save_checkpoint` with the file system given, so that tests can stop it anywhere."""
-    if keep < 2:
-        raise ConfigError(f"checkpoint.keep = {keep}, needs at least 2: a bad newest checkpoint would end the run")
-    target, folder = root / step_name(step), root / (step_name(step) + UNFINISHED)
-    failed = f"checkpoint step {step} was not saved in {root}"
+    """Write step `step` under `root` and return its folder. Collective: every rank calls it, with its own fragments.
+
+    root: a directory that all ranks see.  fragments: over all ranks they cover each tensor exactly once.
+    facts: what else resuming needs (config, data position, layout, versions), JSON, the same on all ranks; needs
+    "run_id", a string.  keep: complete checkpoints to keep, at least 2, this one included.
+    fence: what says whether this start of the run still holds `root`; rank 0 asks. None where nobody else can.
+    Raises CheckpointError, the same on all ranks: nothing is committed then and older checkpoints are as they were,
+    except where the text says that the step is in place. Raises ConfigError for keep < 2.
+    """
+    save = Save(Disk(), root, step, facts, ranks, keep, fence or Unfenced())
+    return save_through(save, fragments).path
+
+
+def save_through(save: Save, fragments: Iterable[Fragment], *, are_private: bool = False) -> Saved:
+    """`save_checkpoint` with the file system given, so that tests can stop it anywhere.
+
+    are_private: nobody else writes to the fragments' memory, which is the host's: it is hashed and written as it lies.
+    """
+    if save.keep < 2:
+        raise ConfigError(f"checkpoint.keep = {save.keep}, needs at least 2: a bad newest checkpoint would end the run")
+    ranks, failed = save.ranks, f"checkpoint step {save.step} was not saved in {save.root}"
+    mine: list[Fragment] = []
     try:
-        started = _together(ranks, failed, lambda: _begin(disk, folder, step, facts, ranks))
-        if difference := _first_difference(started):
-            raise CheckpointError(f"{failed}: {difference}")
-        shard = folder / f"rank-{ranks.rank:05d}.safetensors"
-        marks = {"step": step, "rank": ranks.rank, "world_size": ranks.world_size, "run_id": facts["run_id"]}
-        text = {key: str(value) for key, value in marks.items()}
-        reports = _together(ranks, failed, lambda: write_shard(disk, shard, fragments, text))
-        _together(ranks, failed, lambda: _commit(disk, folder, target, step, facts, reports, ranks))
+        started = _together(ranks, failed, lambda: _begin(save, fragments, mine))
+        if problem := _first_difference(started) or _lack_of_space(save.root, started):
+            raise CheckpointError(f"{failed}: {problem}")
+        reports = _together(ranks, failed, lambda: write_shard(save.disk, save.shard, mine, _marks(save), are_private))
+        _together(ranks, failed, lambda: _commit(save, reports))
     except CheckpointError:
-        _discard(disk, folder, ranks)
+        _discard(save)
         raise
-    in_place = f"checkpoint step {step} is in place in {root}, but syncing its name and pruning older ones failed"
-    _together(ranks, in_place, lambda: _tidy(disk, root, step, keep, ranks))
-    return target
+    in_place = (
+        f"checkpoint step {save.step} is in place in {save.root}, but syncing its name and pruning older ones failed"
+    )
+    _together(ranks, in_place, lambda: _tidy(save))
+    return Saved(save.target, sum(_whole(report, "bytes") for report in started))
+
+
+def _marks(save: Save) -> dict[str, str]:
+    """What the header of a shard says for a person who finds it alone."""
+    ranks, generation, run_id = save.ranks, save.fence.generation, save.facts["run_id"]
+    marks = {"step": save.step, "rank": ranks.rank, "world_size": ranks.world_size, "run_id": run_id}
+    return {key: str(value) for key, value in (marks | {"generation": generation}).items()}
 
 
 def _together(ranks: Ranks, failed: str, work: Callable[[], JSON]) -> list[JSON]:
@@ -102,23 +152,28 @@ def _together(ranks: Ranks, failed: str, work: Callable[[], JSON]) -> list[JSON]
     return values
 
 
-def _begin(disk: Disk, folder: Path, step: int, facts: Mapping[str, JSON], ranks: Ranks) -> JSON:
-    """Line 1. Returns what all ranks must agree on: {"step": .., "facts": {key: digest}}."""
+def _begin(save: Save, fragments: Iterable[Fragment], mine: list[Fragment]) -> JSON:
+    """Line 1; `mine` gets the fragments. Returns what all ranks must agree on and, from rank 0, what space there is."""
+    facts = save.facts
     if not isinstance(facts.get("run_id"), str):
         raise CheckpointError(f'facts["run_id"] = {facts.get("run_id")!r}, needs a string that names the run')
     try:
         digests: JSON = {key: digest_of(canonical_json(value)) for key, value in facts.items()}
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the facts are not JSON: {error}") from error
-    if ranks.rank == 0:
+    mine += fragments
+    report: dict[str, JSON] = {"step": save.step, "facts": digests, "bytes": sum(part.num_bytes for part in mine)}
+    if save.ranks.rank == 0:
         try:
-            disk.make_directory(folder.parent)
-            clear_unfinished(disk, folder.parent)
-            disk.make_directory(folder)
-            disk.sync_directory(folder.parent)
+            save.disk.make_directory(save.root)
+            clear_unfinished(save.disk, save.root, save.fence)
+            space = save.disk.free_space(save.root)
+            save.disk.make_directory(save.folder)
+            save.disk.sync_directory(save.root)
         except OSError as error:
-            raise disk_failure(folder, error) from error
-    return {"step": step, "facts": digests}
+            raise disk_failure(save.folder, error) from error
+        report |= {"free_bytes": space.bytes, "free_files": space.files}
+    return report
 
 
 def _first_difference(reports: list[JSON]) -> str | None:
@@ -135,11 +190,22 @@ def _first_difference(reports: list[JSON]) -> str | None:
     return None
 
 
-def _commit(
-    disk: Disk, folder: Path, target: Path, step: int, facts: Mapping[str, JSON], reports: list[JSON], ranks: Ranks
-) -> None:
+def _lack_of_space(root: Path, reports: list[JSON]) -> str | None:
+    """Found before a byte is written: the ranks of a large run would fill what others need before they met the end."""
+    space = Space(_whole(reports[0], "free_bytes"), _whole(reports[0], "free_files"))
+    return space.lack(root, sum(_whole(report, "bytes") for report in reports), len(reports) + 2)
+
+
+def _whole(report: JSON, key: str) -> int:
+    assert isinstance(report, dict)
+    value = report[key]
+    assert isinstance(value, int)
+    return value
+
+
+def _commit(save: Save, reports: list[JSON]) -> None:
     """Lines 3 and 4."""
-    if ranks.rank != 0:
+    if save.ranks.rank != 0:
         return
     tensors: dict[str, JSON] = {}
     files: list[JSON] = []
@@ -151,45 +217,47 @@ def _commit(
                 raise CheckpointError(f"tensor {name} is {tensors[name]} elsewhere and {info} on rank {rank}")
     try:
         commit = commit_from_json(
-            {"format": FORMAT, "step": step, "facts": dict(facts), "tensors": tensors, "files": files}
+            {"format": FORMAT, "step": save.step, "facts": dict(save.facts), "tensors": tensors, "files": files}
         )
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    if problems := size_problems(folder, commit):
+    if problems := size_problems(save.folder, commit):
         raise CheckpointError(f"{'; '.join(problems[:3])}. Every rank must write to a directory that rank 0 sees")
     page = commit.to_bytes()
     if len(page) > MAX_COMMIT_BYTES:
         raise CheckpointError(f"{COMMIT_NAME} would have {len(page)} bytes, a load accepts {MAX_COMMIT_BYTES}")
     try:
-        disk.write_file(folder / COMMIT_NAME, page)
-        set_aside_from(disk, target.parent, step)
-        disk.rename(folder, target)
+        save.disk.write_file(save.folder / COMMIT_NAME, page)
+        set_aside_from(save.disk, save.root, save.step, save.fence)
+        save.fence.check()
+        save.disk.rename(save.folder, save.target)
     except OSError as error:
-        raise disk_failure(folder / COMMIT_NAME, error, len(page)) from error
+        raise disk_failure(save.folder / COMMIT_NAME, error, len(page)) from error
 
 
-def _tidy(disk: Disk, root: Path, step: int, keep: int, ranks: Ranks) -> None:
+def _tidy(save: Save) -> None:
     """Line 5."""
-    if ranks.rank != 0:
+    if save.ranks.rank != 0:
         return
     try:
         # This syncs the names in root, the new step's too: nothing is pruned before it is there to stay.
-        disk.write_file(root / "latest", (step_name(step) + "\n").encode())
-        prune(disk, root, keep)
+        hint, beside = save.root / "latest", save.root / unfinished_hint(save.fence.generation)
+        save.disk.write_file(hint, (step_name(save.step) + "\n").encode(), beside=beside, check=save.fence.check)
+        prune(save.disk, save.root, save.keep, save.fence)
     except OSError as error:
-        raise disk_failure(root / "latest", error) from error
+        raise disk_failure(save.root / "latest", error) from error
 
 
-def _discard(disk: Disk, folder: Path, ranks: Ranks) -> None:
+def _discard(save: Save) -> None:
     """Remove an unfinished save. The next one clears what cannot be removed now; the first error matters more."""
     try:
-        disk.remove(folder / f"rank-{ranks.rank:05d}.safetensors")
+        save.disk.remove(save.shard)
     except OSError:
         pass
-    ranks.barrier()
-    if ranks.rank == 0 and folder.exists():
+    save.ranks.barrier()
+    if save.ranks.rank == 0 and save.folder.exists():
         try:
-            disk.remove_tree(folder)
+            save.disk.remove_tree(save.folder)
         except OSError:
             pass
-    ranks.barrier()
+    save.ranks.barrier()

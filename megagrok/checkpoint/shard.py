@@ -20,23 +20,25 @@ from megagrok.errors import CheckpointError
 from megagrok.parallel.ranks import JSON
 
 
-def write_shard(disk: Disk, path: Path, fragments: Iterable[Fragment], marks: dict[str, str]) -> JSON:
+def write_shard(
+    disk: Disk, path: Path, fragments: Iterable[Fragment], marks: dict[str, str], are_private: bool = False
+) -> JSON:
     """Write and sync `path`; returns {"file": as in COMMIT.json, "tensors": {name: [dtype, shape]}}.
 
-    marks: text for the header's metadata.  Raises CheckpointError, also for a full disk.
+    marks: text for the header's metadata.  are_private: the fragments' memory is the host's and nobody writes to it.
+    Raises CheckpointError, also for a full disk.
     """
-    # Wide dtypes first: each entry is then aligned to its own size, as the format's own writer does it.
-    ordered = sorted(fragments, key=lambda f: (-f.data.dtype.itemsize, f.name, f.start, f.begin))
+    ordered = file_order(fragments)
     tensors = _tensor_table(ordered)
     header = _header(ordered, marks)
-    needed = len(header) + sum(map(_bytes, ordered))
+    needed = len(header) + sum(fragment.num_bytes for fragment in ordered)
     entries, position, whole = [], len(header), xxhash.xxh3_128(header)
     try:
         descriptor = disk.create(path)
         try:
             disk.write(descriptor, header)
             for fragment in ordered:
-                data = _host_bytes(fragment.data)
+                data = _host_bytes(fragment.data, are_private)
                 entries.append(Entry(fragment.name, fragment.piece, position, digest_of(data)))
                 whole.update(data)
                 disk.write(descriptor, data)
@@ -62,12 +64,15 @@ def disk_failure(path: Path, error: OSError, needed_bytes: int = 0) -> Checkpoin
     return CheckpointError(text)
 
 
-def _bytes(fragment: Fragment) -> int:
-    return fragment.data.numel() * fragment.data.dtype.itemsize
+def file_order(fragments: Iterable[Fragment]) -> list[Fragment]:
+    """Wide dtypes first: each entry is then aligned to its own size, as the format's own writer does it."""
+    return sorted(fragments, key=lambda f: (-f.data.dtype.itemsize, f.name, f.start, f.begin))
 
 
-def _host_bytes(data: torch.Tensor) -> memoryview:
-    """A private copy of the elements in host memory: nothing can change between hashing and writing."""
+def _host_bytes(data: torch.Tensor, is_private: bool) -> memoryview:
+    """The elements in host memory that is ours alone: nothing can change between hashing and writing."""
+    if is_private:
+        return data.view(torch.uint8).numpy().data
     # A fresh tensor, for .contiguous() leaves the odd stride of a one-element slice as it is, and view refuses that.
     host = torch.empty(data.shape, dtype=data.dtype, device="cpu").copy_(data.detach())
     return host.view(torch.uint8).numpy().data
@@ -79,7 +84,7 @@ def _header(fragments: list[Fragment], marks: dict[str, str]) -> bytes:
     for fragment in fragments:
         if fragment.key in table:
             raise CheckpointError(f"{fragment.key} is given twice")
-        end = position + _bytes(fragment)
+        end = position + fragment.num_bytes
         shape = fragment.shape if fragment.key == fragment.name else (fragment.end - fragment.begin,)
         dtype = DTYPE_NAMES[fragment.data.dtype]
         table[fragment.key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}

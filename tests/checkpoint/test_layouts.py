@@ -71,7 +71,14 @@ def test_the_public_safetensors_library_reads_every_shard(tmp_path: Path) -> Non
     [folder, *_] = all_ranks(save_world(tmp_path, 12, layout))
     for rank, fragments in enumerate(layout):
         with safe_open(folder / f"rank-{rank:05d}.safetensors", framework="pt") as shard:
-            marks = {"format": "pt", "run_id": "law", "step": "12", "rank": str(rank), "world_size": "3"}
+            marks = {
+                "format": "pt",
+                "run_id": "law",
+                "step": "12",
+                "rank": str(rank),
+                "world_size": "3",
+                "generation": "0",
+            }
             assert shard.metadata() == marks
             assert sorted(shard.keys()) == sorted(fragment.key for fragment in fragments)
             for fragment in fragments:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagrok.checkpoint import Fragment, find_checkpoint, list_steps, verify_checkpoint
+from megagrok.checkpoint import Fragment, find_checkpoint, list_steps, save_checkpoint, verify_checkpoint
 from megagrok.checkpoint.disk import Disk
-from megagrok.checkpoint.save import save_through
+from megagrok.checkpoint.fence import Unfenced
+from megagrok.checkpoint.save import Save, save_through
 from megagrok.errors import CheckpointError, ConfigError
 from megagrok.parallel.ranks import JSON, Alone, Ranks
 from tests.checkpoint.worlds import (
@@ -126,7 +128,7 @@ def test_a_full_disk_is_an_error_on_all_ranks_and_costs_no_checkpoint(tmp_path: 
             outcomes = save_world(root, 3, make_layout(big, 2, 1))
             assert all(isinstance(outcome, CheckpointError) for outcome in outcomes)
             assert len(set(map(str, outcomes))) == 1
-            assert "No space left on device" in str(outcomes[0]) and "MB" in str(outcomes[0])
+            assert re.search(r"No space left on .*small/run: needs 2\.1 MB, has [12]\.\d MB", str(outcomes[0]))
             only_these_steps_and_files(root, {1, 2})
             assert same_tensors(read_all(find(root)), old[2])
         all_ranks(save_world(root, 3, make_layout(old[1], 2, 1)))
@@ -222,7 +224,7 @@ def save_with_facts(
 
     def work(ranks: Ranks) -> Path:
         rank = ranks.rank
-        return save_through(Disk(), root, step_of(rank), layout[rank], facts_of(rank), ranks=ranks, keep=2)
+        return save_through(Save(Disk(), root, step_of(rank), facts_of(rank), ranks, 2, Unfenced()), layout[rank]).path
 
     return list(run_world(2, work))
 
@@ -248,7 +250,7 @@ def test_ranks_that_disagree_save_nothing(
 def test_an_error_while_fragments_are_made_reaches_all_ranks(tmp_path: Path) -> None:
     def work(ranks: Ranks) -> Path:
         fragments = (Fragment("x", (2,), (0,), (2,), 0, 2 - ranks.rank, torch.zeros(2)) for _ in range(1))
-        return save_through(Disk(), tmp_path, 1, fragments, {"run_id": "a"}, ranks=ranks, keep=2)
+        return save_checkpoint(tmp_path, 1, fragments, {"run_id": "a"}, ranks=ranks, keep=2)
 
     outcomes = run_world(2, work)
     assert all(isinstance(outcome, CheckpointError) and "rank 1: ShapeError" in str(outcome) for outcome in outcomes)

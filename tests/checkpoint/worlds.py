@@ -16,9 +16,10 @@ from typing import TypeVar
 
 import torch
 
-from megagrok.checkpoint import Checkpoint, Fragment, find_checkpoint
+from megagrok.checkpoint import Checkpoint, Fence, Fragment, find_checkpoint
 from megagrok.checkpoint.disk import Disk
-from megagrok.checkpoint.save import save_through
+from megagrok.checkpoint.fence import Unfenced
+from megagrok.checkpoint.save import Save, save_through
 from megagrok.parallel.ranks import JSON, Alone, Ranks
 
 T = TypeVar("T")
@@ -248,13 +249,15 @@ def save_world(
     keep: int = 2,
     disks: list[Disk] | None = None,
     facts: dict[str, JSON] | None = None,
+    fence: Fence | None = None,
 ) -> list[Path | BaseException]:
     """Save over as many ranks as the layout has. Without given disks nothing waits for the medium."""
     using = disks or [StoppingDisk(None) for _ in layout]
     page: dict[str, JSON] = {"run_id": "law", "step": step} if facts is None else facts
 
     def work(ranks: Ranks) -> Path:
-        return save_through(using[ranks.rank], root, step, layout[ranks.rank], page, ranks=ranks, keep=keep)
+        save = Save(using[ranks.rank], root, step, page, ranks, keep, fence or Unfenced())
+        return save_through(save, layout[ranks.rank]).path
 
     return run_world(len(layout), work)
 
