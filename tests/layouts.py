@@ -134,10 +134,11 @@ def batch_of(run: RunConfig, step: int, groups: ProcessGroups | None = None, lab
     data_rank, data_size = (0, 1) if groups is None else (groups.coordinates.data, groups.topology.data)
     tokens, own_labels = tokens_of(run, step)
     shape = (-1, data_size, run.train.micro_batch, run.train.seq_len)
+    numbers = torch.arange(step * len(tokens), (step + 1) * len(tokens)).view(shape[:3])[:, data_rank]
     return Batch(
         tokens_MBS=tokens.view(shape)[:, data_rank],
         labels_MBS=(own_labels if labels is None else labels).view(shape)[:, data_rank],
-        sample_ids=(),
+        sample_ids=tuple(numbers.flatten().tolist()),
         document_ids=(),
     )
 
@@ -227,7 +228,9 @@ class Oracle:
     def take_step(self, batch: Batch, lr: float = 1e-2) -> OracleStep:
         """One step over all micro-batches."""
         self._adamw.zero_grad()
-        totals = accumulate(self.grok, list(batch.tokens_MBS), list(batch.labels_MBS), self.load_LE)
+        seed, ids = self.run.train.seed, batch.sample_ids
+        micro_batches = list(batch.tokens_MBS), list(batch.labels_MBS)
+        totals = accumulate(self.grok, *micro_batches, self.load_LE, seed=seed, sample_ids=ids)
         gradients = {name: weight.grad.clone() for name, weight in self.grok.named_parameters()}
         limit = self.run.optimizer.clip_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.grok.parameters(), limit))

@@ -37,7 +37,7 @@ SOFTCAPS = frozenset(("attention_softcap", "router_softcap", "final_softcap"))
 MULTIPLIERS = frozenset(("embedding_multiplier", "output_multiplier"))
 ABOVE_ZERO = SOFTCAPS | MULTIPLIERS | frozenset(("rope_theta", "norm_eps", "init_std", "lr", "eps"))
 NOT_NEGATIVE = frozenset(("balance_coefficient", "z_loss_coefficient", "weight_decay", "clip_norm", "min_lr"))
-BELOW_ONE = frozenset(("beta1", "beta2"))
+BELOW_ONE = frozenset(("beta1", "beta2", "dropout"))
 BETWEEN = frozenset(("held_out_fraction",))
 
 PATHS = frozenset(("runs_dir", "cache", "tokens", "tokenizer", "path"))

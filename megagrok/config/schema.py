@@ -76,6 +76,8 @@ class ModelConfig:
     """Use the embedding table as the output head too."""
     init_std: float = 0.02
     """Standard deviation of every weight; projections back into the residual stream get / sqrt(2 * num_layers)."""
+    dropout: float = 0.0
+    """Share of the values that a sub-layer adds to the residual stream that training drops, in steps of 1/65536."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

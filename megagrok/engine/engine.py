@@ -172,11 +172,14 @@ class Engine:
         num_micro_batches, micro_batch, seq_len = tokens_MBS.shape
         place, topology = self._groups.coordinates, self._groups.topology
         positions_s = context_positions(seq_len, place.context, topology.context).to(self._platform.device)
-        micro_batches = list(zip(tokens_MBS[:, :, positions_s], labels_MBS[:, :, positions_s], strict=True))
+        sample_ids_MB = [None] * num_micro_batches if forward_only else self._sample_ids(batch)
+        micro_batches = list(
+            zip(tokens_MBS[:, :, positions_s], labels_MBS[:, :, positions_s], sample_ids_MB, strict=True)
+        )
 
-        def forward_step(micro_batch_iterator: Iterator[tuple[Tensor, Tensor]], chunk: GrokModel):  # type: ignore[no-untyped-def]
-            tokens_Bs, labels_Bs = next(micro_batch_iterator)
-            return chunk(tokens_Bs, labels_Bs, positions_s), _sum_losses
+        def forward_step(micro_batch_iterator: Iterator[tuple[Tensor, Tensor, Tensor | None]], chunk: GrokModel):  # type: ignore[no-untyped-def]
+            tokens_Bs, labels_Bs, sample_ids_B = next(micro_batch_iterator)
+            return chunk(tokens_Bs, labels_Bs, positions_s, sample_ids_B), _sum_losses
 
         run_schedule = get_forward_backward_func()
         losses: list[Tensor] = run_schedule(
@@ -189,6 +192,19 @@ class Engine:
             forward_only=forward_only,
         )
         return losses
+
+    def _sample_ids(self, batch: Batch) -> list[Tensor | None]:
+        """For each micro-batch its sample ids on the device, or None if nothing asks for them."""
+        num_micro_batches, micro_batch, _ = batch.tokens_MBS.shape
+        if not self._run.model.dropout:
+            return [None] * num_micro_batches
+        if len(batch.sample_ids) != num_micro_batches * micro_batch:
+            raise DataError(
+                f"{len(batch.sample_ids)} sample ids for {num_micro_batches} micro-batches of {micro_batch}: "
+                "dropout needs one for each sample"
+            )
+        ids = torch.tensor(batch.sample_ids, device=self._platform.device)
+        return list(ids.view(num_micro_batches, micro_batch))
 
     def _count_tokens(self, batch: Batch) -> int:
         """Labels of the step that count, over all data ranks. The data ranks' batches differ; context ranks share."""

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megagrok.model.dropout import token_numbers
 from megagrok.model.loss import IGNORED_LABEL
 from megagrok.model.moe.layer import GrokMoE
 from megagrok.model.spec import grok_block_spec
@@ -73,17 +74,37 @@ class GrokModel(MegatronModule):
         """Where the schedule leaves the hidden states that came from the stage before."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens_Bs: Tensor, labels_Bs: Tensor | None, positions_s: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens_Bs: Tensor,
+        labels_Bs: Tensor | None,
+        positions_s: Tensor,
+        sample_ids_B: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states for the next stage [s, B, D]; at the end of the model the loss of each token [s, B], fp32,
-        zero where the label is IGNORED_LABEL; without labels this rank's part of the logits [s, B, v], fp32."""
+        zero where the label is IGNORED_LABEL; without labels this rank's part of the logits [s, B, v], fp32.
+        sample_ids_B decide what dropout drops; only training with dropout reads them."""
         hidden_sBD = None
         if self.pre_process:
             hidden_sBD = self.embedding(tokens_Bs, position_ids=None) * self.config.grok.embedding_multiplier
-        hidden_sBD = self.decoder(hidden_sBD, attention_mask=None, rotary_pos_emb=self._rotary_angles(positions_s))
+        hidden_sBD = self.decoder(
+            hidden_sBD,
+            # Grok's layers take the numbers of their tokens in this place (model/spec.py).
+            attention_mask=None if sample_ids_B is None else self._token_numbers(sample_ids_B, positions_s),
+            rotary_pos_emb=self._rotary_angles(positions_s),
+        )
         if not self.post_process:
             return cast(Tensor, hidden_sBD)
         logits_sBv = self._logits(hidden_sBD)
         return logits_sBv if labels_Bs is None else _token_losses(logits_sBv, labels_Bs.t())
+
+    def _token_numbers(self, sample_ids_B: Tensor, positions_s: Tensor) -> Tensor:
+        """Numbers of the tokens in this rank's part of the residual stream: under sequence parallelism a run of s."""
+        numbers_sB = token_numbers(sample_ids_B, positions_s, self.config.grok.max_positions).t()
+        if self.config.sequence_parallel:
+            groups = self.config.groups
+            numbers_sB = numbers_sB.chunk(groups.topology.tensor)[groups.coordinates.tensor]
+        return numbers_sB.contiguous()
 
     def _logits(self, hidden_sBD: Tensor) -> Tensor:
         grok = self.config.grok

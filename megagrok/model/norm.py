@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagrok.model.dropout import dropout, stream_of
 from megagrok.model.transformer_config import GrokTransformerConfig
 
 
@@ -27,16 +28,32 @@ class RMSNorm(nn.Module):
 
 
 class PostNormResidual(nn.Module):
-    """residual + RMSNorm(sub-block output). Stands in TransformerLayer's bias-dropout-add slots, which call it twice:
-    first with (training, fused), then the returned function with ((output, bias), residual, dropout)."""
+    """residual + dropout(RMSNorm(sub-block output)). Stands in TransformerLayer's bias-dropout-add slots, which call it
+    twice: first with (training, fused), then the returned function with ((output, bias), residual, probability)."""
 
-    def __init__(self, config: GrokTransformerConfig) -> None:
+    def __init__(self, config: GrokTransformerConfig, branch: int) -> None:
         super().__init__()
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.rate = config.grok.dropout
+        self._seed, self._branch = config.dropout_seed, branch
+        self._stream = 0
+        self._numbers_sb: Tensor | None = None
+
+    def settle(self, layer: int) -> None:
+        """Say which layer this is, counted from 0 over the whole model: the slot is built without knowing."""
+        self._stream = stream_of(self._seed, layer, self._branch)
+
+    def expect(self, numbers_sb: Tensor | None) -> None:
+        """Say which tokens the next call is about (`megagrok.model.dropout`); read only where dropout drops."""
+        self._numbers_sb = numbers_sb
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:
-        return self._add
+        return self._add_some if training and self.rate else self._add
 
-    def _add(self, output: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+    def _add(self, output: tuple[Tensor, None], residual: Tensor, _probability: float) -> Tensor:
         added: Tensor = residual + self.norm(output[0])
         return added
+
+    def _add_some(self, output: tuple[Tensor, None], residual: Tensor, _probability: float) -> Tensor:
+        assert self._numbers_sb is not None, "dropout needs to know its tokens"
+        return residual + dropout(self.norm(output[0]), self._numbers_sb, self._stream, self.rate)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megagrok.config.schema import ModelConfig, MoEConfig
 from megagrok.errors import DataError, ShapeError
+from megagrok.model.dropout import dropped, scale_of, stream_of, token_numbers
 from megagrok.model.init import initial_value
 from megagrok.model.loss import IGNORED_LABEL, balance_loss_sum, cross_entropy_sum, z_loss_sum
 from megagrok.model.names import parameter_shapes
@@ -33,6 +34,15 @@ class Routing:
     tokens_per_expert_E: Tensor
     balance_sum: Tensor
     z_sum: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Drops:
+    """What dropout drops of one forward pass: a function of these two and the model's rate (megagrok.model.dropout)."""
+
+    seed: int
+    sample_ids_B: Tensor
+    """Int64; numbers of the samples, counted over the whole run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +197,27 @@ class SparseMoE(nn.Module):
         return y_TD.to(x_TD.dtype), Routing(tokens_per_expert_E, balance_sum, z_loss_sum(logits_TE))
 
 
-class Layer(nn.Module):
-    def __init__(self, model: ModelConfig) -> None:
+class Residual(nn.Module):
+    """h + y of one branch of one layer, without the values of y that training drops."""
+
+    def __init__(self, model: ModelConfig, layer: int, branch: int) -> None:
         super().__init__()
+        self.rate, self.max_positions = model.dropout, model.max_positions
+        self.layer, self.branch = layer, branch
+
+    def forward(self, h_BSD: Tensor, y_BSD: Tensor, drops: Drops | None) -> Tensor:
+        if drops is None or not self.rate:
+            return h_BSD + y_BSD
+        _, S, D = h_BSD.shape
+        numbers_BS = token_numbers(drops.sample_ids_B, torch.arange(S, device=h_BSD.device), self.max_positions)
+        is_dropped_BSD = dropped(numbers_BS, stream_of(drops.seed, self.layer, self.branch), D, self.rate)
+        return h_BSD + torch.where(is_dropped_BSD, 0, y_BSD * scale_of(self.rate))
+
+
+class Layer(nn.Module):
+    def __init__(self, model: ModelConfig, number: int) -> None:
+        super().__init__()
+        self.add_attention, self.add_moe = Residual(model, number, 0), Residual(model, number, 1)
         hidden, residual_ffn_hidden = model.hidden, model.moe.residual_ffn_hidden
         self.pre_attn_norm = RMSNorm(hidden, model.norm_eps)
         self.self_attn = Attention(model)
@@ -199,13 +227,13 @@ class Layer(nn.Module):
         self.mlp = None if residual_ffn_hidden is None else ResidualMLP(hidden, residual_ffn_hidden)
         self.post_moe_norm = RMSNorm(hidden, model.norm_eps)
 
-    def forward(self, h_BSD: Tensor, load_E: Tensor | None) -> tuple[Tensor, Routing]:
-        h_BSD = h_BSD + self.post_attn_norm(self.self_attn(self.pre_attn_norm(h_BSD)))
+    def forward(self, h_BSD: Tensor, load_E: Tensor | None, drops: Drops | None) -> tuple[Tensor, Routing]:
+        h_BSD = self.add_attention(h_BSD, self.post_attn_norm(self.self_attn(self.pre_attn_norm(h_BSD))), drops)
         x_TD = self.pre_moe_norm(h_BSD).flatten(0, 1)
         y_TD, routing = self.block_sparse_moe(x_TD, load_E)
         if self.mlp is not None:
             y_TD = (self.mlp(x_TD) + y_TD) / math.sqrt(2)
-        return h_BSD + self.post_moe_norm(y_TD).view_as(h_BSD), routing
+        return self.add_moe(h_BSD, self.post_moe_norm(y_TD).view_as(h_BSD), drops), routing
 
 
 class Decoder(nn.Module):
@@ -215,14 +243,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.embedding_multiplier = model.embedding_multiplier
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden)
-        self.layers = nn.ModuleList(Layer(model) for _ in range(model.num_layers))
+        self.layers = nn.ModuleList(Layer(model, number) for number in range(model.num_layers))
         self.norm = RMSNorm(model.hidden, model.norm_eps)
 
-    def forward(self, tokens_BS: Tensor, load_LE: Tensor | None) -> tuple[Tensor, list[Routing]]:
+    def forward(self, tokens_BS: Tensor, load_LE: Tensor | None, drops: Drops | None) -> tuple[Tensor, list[Routing]]:
         h_BSD = self.embed_tokens(tokens_BS) * self.embedding_multiplier
         routings = []
         for number, layer in enumerate(self.layers):
-            h_BSD, routing = layer(h_BSD, None if load_LE is None else load_LE[number])
+            h_BSD, routing = layer(h_BSD, None if load_LE is None else load_LE[number], drops)
             routings.append(routing)
         return self.norm(h_BSD), routings
 
@@ -236,14 +264,15 @@ class Grok(nn.Module):
         self.model = Decoder(model)
         self.lm_head = None if model.tied_embeddings else Linear(model.hidden, model.vocab_size)
 
-    def forward(self, tokens_BS: Tensor, *, load_LE: Tensor | None = None) -> Output:
+    def forward(self, tokens_BS: Tensor, *, load_LE: Tensor | None = None, drops: Drops | None = None) -> Output:
         """tokens_BS: int64 in [0, V). load_LE: `expert_load` of the previous step, read only by balance_loss
-        "global_batch", where None, at the first step, is uniform. Raises ShapeError if load_LE is not [L, E]."""
+        "global_batch", where None, at the first step, is uniform. drops: given in training only; None drops nothing.
+        Raises ShapeError if load_LE is not [L, E]."""
         config = self.config
         if load_LE is not None and load_LE.shape != (config.num_layers, config.moe.num_experts):
             expected = [config.num_layers, config.moe.num_experts]
             raise ShapeError(f"load_LE has shape {list(load_LE.shape)}; the model has [layers, experts] = {expected}.")
-        x_BSD, routings = self.model(tokens_BS, load_LE)
+        x_BSD, routings = self.model(tokens_BS, load_LE, drops)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         logits_BSV = widen(F.linear(x_BSD, head.weight)) * config.output_multiplier
         return Output(
@@ -269,18 +298,33 @@ def training_loss_sum(output: Output, labels_BS: Tensor, model: ModelConfig) -> 
     return cross_entropy_sum(output.logits_BSV, labels_BS) + router_sum
 
 
-def accumulate(grok: Grok, tokens: Sequence[Tensor], labels: Sequence[Tensor], load_LE: Tensor | None) -> Totals:
+def accumulate(
+    grok: Grok,
+    tokens: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    load_LE: Tensor | None,
+    *,
+    seed: int = 0,
+    sample_ids: Sequence[int] = (),
+) -> Totals:
     """Forward and backward over a step's micro-batches: adds the gradient of the step's loss to every `.grad`.
 
-    tokens, labels: one [B, S] tensor per micro-batch. Raises DataError if no label of the step counts.
+    tokens, labels: one [B, S] tensor per micro-batch. seed, sample_ids: of the run, and of all samples in order; only
+    a model with dropout needs them. Raises DataError if no label of the step counts, or sample ids are missing.
     """
     num_tokens = sum(int((labels_BS != IGNORED_LABEL).sum()) for labels_BS in labels)
     if num_tokens == 0:
         raise DataError(f"a step of {len(labels)} micro-batches has no label that counts; its mean loss has no value.")
+    sizes = [len(tokens_BS) for tokens_BS in tokens]
+    drops: list[Drops | None] = [None] * len(sizes)
+    if grok.config.dropout:
+        if len(sample_ids) != sum(sizes):
+            raise DataError(f"{len(sample_ids)} sample ids for {sum(sizes)} samples: dropout needs one for each.")
+        drops = [Drops(seed, ids_B) for ids_B in torch.tensor(sample_ids).split(sizes)]
     ce_sum = balance_sum = z_sum = 0.0
     tokens_per_expert_LE = torch.zeros(grok.config.num_layers, grok.config.moe.num_experts, dtype=torch.int64)
-    for tokens_BS, labels_BS in zip(tokens, labels, strict=True):
-        output = grok(tokens_BS, load_LE=load_LE)
+    for tokens_BS, labels_BS, drop in zip(tokens, labels, drops, strict=True):
+        output = grok(tokens_BS, load_LE=load_LE, drops=drop)
         torch.autograd.backward(training_loss_sum(output, labels_BS, grok.config) / num_tokens)
         ce_sum += cross_entropy_sum(output.logits_BSV, labels_BS).item()
         balance_sum += output.balance_sum.item()

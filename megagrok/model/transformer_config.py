@@ -18,6 +18,7 @@ class GrokTransformerConfig(TransformerConfig):
 
     grok: ModelConfig
     groups: ProcessGroups
+    dropout_seed: int
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -32,6 +33,7 @@ def make_transformer_config(run: RunConfig, groups: ProcessGroups, platform: Pla
     return GrokTransformerConfig(
         grok=model,
         groups=groups,
+        dropout_seed=run.train.seed,
         # Architecture
         num_layers=model.num_layers,
         hidden_size=model.hidden,
@@ -44,6 +46,7 @@ def make_transformer_config(run: RunConfig, groups: ProcessGroups, platform: Pla
         gated_linear_unit=True,
         activation_func=gelu_tanh,
         add_bias_linear=False,
+        # Grok's own dropout is in PostNormResidual; this one would need random state.
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Makes the schedules hand the loss scale to MoEAuxLossAutoScaler; the experts themselves are DeepSpeed's.

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from megagrok.config import RunConfig
-from megagrok.data.batches import Batch
 from megagrok.model.loss import expert_load
 from megagrok.model.names import is_decayed
 from megagrok.model.reference import Grok, Totals, accumulate, make_reference, softcap
@@ -104,7 +103,7 @@ def walk(run: RunConfig, dtype: torch.dtype) -> Trajectory:
     with _gaps(grok) as gaps:
         for step in range(run.train.steps):
             adamw.zero_grad()
-            totals = _accumulate(grok, twin_batch(run, step), load_LE)
+            totals = _accumulate(grok, run, step, load_LE)
             torch.nn.utils.clip_grad_norm_(grok.parameters(), run.optimizer.clip_norm)
             adamw.step()
             load_LE = expert_load(totals.tokens_per_expert_LE)
@@ -119,7 +118,7 @@ def ask(run: RunConfig, step: int, weights: dict[str, Tensor], load_LE: Tensor |
         grok = Grok(run.model)
     grok.load_state_dict({name: weight.double() for name, weight in weights.items()}, strict=True, assign=True)
     grok.requires_grad_(True)
-    totals = _accumulate(grok, twin_batch(run, step), load_LE)
+    totals = _accumulate(grok, run, step, load_LE)
     gradients = {}
     for name, weight in grok.named_parameters():
         assert weight.grad is not None
@@ -134,12 +133,14 @@ def ask(run: RunConfig, step: int, weights: dict[str, Tensor], load_LE: Tensor |
     )
 
 
-def _accumulate(grok: Grok, batch: Batch, load_LE: Tensor | None) -> Totals:
+def _accumulate(grok: Grok, run: RunConfig, step: int, load_LE: Tensor | None) -> Totals:
+    batch = twin_batch(run, step)
     tokens_MBS, labels_MBS = batch.tokens_MBS, batch.labels_MBS
     if grok.config.moe.balance_loss != "micro_batch":
         # Sums over tokens do not depend on micro-batches, so one large one will do, in a quarter of the time.
         tokens_MBS, labels_MBS = tokens_MBS.flatten(0, 1)[None], labels_MBS.flatten(0, 1)[None]
-    return accumulate(grok, list(tokens_MBS), list(labels_MBS), load_LE)
+    micro_batches = list(tokens_MBS), list(labels_MBS)
+    return accumulate(grok, *micro_batches, load_LE, seed=run.train.seed, sample_ids=batch.sample_ids)
 
 
 def _adamw(grok: Grok, run: RunConfig) -> torch.optim.AdamW:

@@ -1,7 +1,7 @@
 """The twin: the user's model with every switch as it was set and every size small enough for eight CPU ranks.
 
 Not a model to train. Sizes are chosen so that each layout of the grid divides them; soft-caps, multipliers, tying,
-residual MLP, top-k, normalisation, balance loss, recomputation and optimizer constants are the user's.
+residual MLP, top-k, normalisation, balance loss, dropout, recomputation and optimizer constants are the user's.
 """
 
 from dataclasses import dataclass, replace
@@ -130,13 +130,15 @@ def twin_batch(run: RunConfig, step: int, data_rank: int = 0, data_size: int = 1
     labels = tokens[:, 1:].clone()
     labels[0, : run.train.seq_len // 2] = IGNORED_LABEL
     labels[1, : run.train.seq_len // 8] = IGNORED_LABEL
+    numbers = torch.arange(step * run.train.global_batch, (step + 1) * run.train.global_batch)
     return Batch(
         tokens_MBS=_deal(tokens[:, :-1], run, data_rank, data_size),
         labels_MBS=_deal(labels, run, data_rank, data_size),
-        sample_ids=(),
+        sample_ids=tuple(_deal(numbers, run, data_rank, data_size).flatten().tolist()),
         document_ids=(),
     )
 
 
 def _deal(samples: Tensor, run: RunConfig, data_rank: int, data_size: int) -> Tensor:
-    return samples.reshape(-1, data_size, run.train.micro_batch, run.train.seq_len)[:, data_rank].contiguous()
+    dealt = samples.reshape(-1, data_size, run.train.micro_batch, *samples.shape[1:])
+    return dealt[:, data_rank].contiguous()

@@ -37,6 +37,7 @@ from megagrok.model.moe.layer import GrokMoE
 from megagrok.model.norm import PostNormResidual, RMSNorm
 from megagrok.model.parts import fill_initial_values, local_parameters
 from megagrok.model.reference import make_reference, training_loss_sum
+from megagrok.model.spec import GrokLayer
 from megagrok.model.transformer_config import make_transformer_config
 from megagrok.parallel.context import context_positions
 from megagrok.parallel.ranks import Ranks
@@ -170,9 +171,11 @@ def names_of_slots(ranks: Ranks) -> dict[str, str]:
 
 
 def test_what_is_not_grok_is_megatrons_own() -> None:
-    """A layer is Megatron's, unpatched: only the slots of the table in model/spec.py hold ours."""
+    """A layer is Megatron's, unpatched, told which tokens it has: only the slots of the table in model/spec.py hold
+    ours."""
+    assert issubclass(GrokLayer, TransformerLayer)
     assert run_ranks(names_of_slots, 1)[0] == {
-        "layer": TransformerLayer.__qualname__,
+        "layer": GrokLayer.__qualname__,
         "input_layernorm": RMSNorm.__qualname__,
         "self_attention": SelfAttention.__qualname__,
         "core_attention": SoftcapAttention.__qualname__,

@@ -10,12 +10,13 @@ from tests.train.commands import Done, run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Small, and with everything that a resumed run could get wrong: a batch that grows between two saves, a balance loss
-# over the previous step, experts on tensor ranks, sharded moments. eps as in tests/tolerance.py.
+# over the previous step, dropout, experts on tensor ranks, sharded moments. eps as in tests/tolerance.py.
 SETTINGS = """
 base: {configs}/run/tiny.yaml
 name: law
 model:
   num_layers: 2
+  dropout: 0.1
 train:
   steps: 8
   seq_len: 16
