@@ -1,7 +1,8 @@
 """Checkpoints without a layout and without pickle: safetensors shards and one JSON commit.
 
 A rank saves fragments, named pieces of global tensors; a rank of any other layout reads blocks. `save_checkpoint` is
-all or nothing, `find_checkpoint` never returns a damaged one, `Checkpoint.read` never returns a wrong byte.
+all or nothing, an `AsyncSaver` does the same while the run goes on, `find_checkpoint` never returns a damaged one,
+`Checkpoint.read` never returns a wrong byte.
 The digests find rot and mix-ups; they do not prove who wrote the files.
 """
 
@@ -9,12 +10,15 @@ from megagrok.checkpoint.fence import Fence
 from megagrok.checkpoint.fragment import Fragment
 from megagrok.checkpoint.load import Checkpoint, find_checkpoint, list_steps
 from megagrok.checkpoint.save import save_checkpoint
+from megagrok.checkpoint.saver import AsyncSaver, Outcome
 from megagrok.checkpoint.verify import verify_checkpoint
 
 __all__ = [
+    "AsyncSaver",
     "Checkpoint",
     "Fence",
     "Fragment",
+    "Outcome",
     "find_checkpoint",
     "list_steps",
     "save_checkpoint",

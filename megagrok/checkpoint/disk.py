@@ -88,7 +88,7 @@ class Disk:
     def write_file(
         self, path: Path, data: bytes, *, beside: Path | None = None, check: Callable[[], None] | None = None
     ) -> None:
-        """Put a small file in place in one step: beside it, synced, renamed over. `check` may refuse right before it."""
+        """Put a small file in place in one step: beside it, synced, renamed over; `check` may refuse right before."""
         beside = beside or path.with_name(path.name + ".tmp")
         self.remove(beside)
         descriptor = self.create(beside)

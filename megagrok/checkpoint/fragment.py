@@ -5,7 +5,7 @@ reads it back needs neither layout.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -69,6 +69,10 @@ class Fragment:
     def piece(self) -> Piece:
         """Where the elements stand, without the elements."""
         return Piece(Box(self.start, self.shape), self.begin, self.end)
+
+    def with_data(self, data: torch.Tensor) -> "Fragment":
+        """The same place with other elements."""
+        return replace(self, data=data)
 
     @property
     def num_bytes(self) -> int:

@@ -75,6 +75,10 @@ class Saved:
     """Of all tensors, over all ranks."""
 
 
+class NotPruned(CheckpointError):
+    """The checkpoint is in place; syncing its name or pruning older ones failed."""
+
+
 def save_checkpoint(
     root: Path,
     step: int,
@@ -119,7 +123,10 @@ def save_through(save: Save, fragments: Iterable[Fragment], *, are_private: bool
     in_place = (
         f"checkpoint step {save.step} is in place in {save.root}, but syncing its name and pruning older ones failed"
     )
-    _together(ranks, in_place, lambda: _tidy(save))
+    try:
+        _together(ranks, in_place, lambda: _tidy(save))
+    except CheckpointError as error:
+        raise NotPruned(str(error)) from error
     return Saved(save.target, sum(_whole(report, "bytes") for report in started))
 
 
