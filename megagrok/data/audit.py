@@ -56,7 +56,7 @@ class Audit:
         rows = (
             ("steps", f"{self.num_steps:,}"),
             ("samples", f"{self.num_samples:,}"),
-            ("epochs", f"{self.num_epochs:.2f}"),
+            ("epochs", f"{self.num_epochs:.3g}"),
             ("generations", f"{self.num_generations:,}"),
             ("steps redone", f"{self.num_redone:,}"),
             ("samples skipped by a guard", f"{self.num_skipped + self.num_left_out:,}"),
@@ -129,7 +129,7 @@ def audit(folder: Path, saved: Mapping[int, int]) -> Audit:
             num_epochs += (at - came) / begin.samples_per_epoch
     newest = max(saved, default=0)
     if newest > last_step:
-        problems.append(f"steps {last_step + 1} to {newest} have no line: the newest checkpoint is of step {newest}")
+        problems.append(f"{_no_line(last_step + 1, newest)}: the newest checkpoint is of step {newest}")
     if problems:
         problems += _duplicates_and_gaps(book, history, at)
     begins = [begin for part, _ in history for begin in book.begins[part].values()]
@@ -204,7 +204,11 @@ def _begin_problems(begins: Mapping[int, Begin], at: int | None) -> list[str]:
 def _missing_steps(first: int, last: int, history: Sequence[tuple[Part, list[int]]], number: int) -> str:
     before = [generation for (generation, _), steps in history[:number] if steps]
     of = f"generation {history[number][0][0]}" if not before else f"generation {before[-1]} or {history[number][0][0]}"
-    return f"step {first} has no line ({of})" if first == last else f"steps {first} to {last} have no line ({of})"
+    return f"{_no_line(first, last)} ({of})"
+
+
+def _no_line(first: int, last: int) -> str:
+    return f"step {first} has no line" if first == last else f"steps {first} to {last} have no line"
 
 
 def _check_step(
@@ -221,9 +225,8 @@ def _check_step(
         if (lines[0].data_size, lines[0].micro_batch, lines[0].global_batch) != shape or rank >= first.data_size:
             problems.append(f"{place}: data ranks {first.data_rank} and {rank} differ in layout or batch")
         if lines[0].action != first.action:
-            problems.append(
-                f"{place}: data rank {first.data_rank} {first.action}, data rank {rank} {lines[0].action} its samples"
-            )
+            says = f"data rank {first.data_rank} says {first.action}, data rank {rank} {lines[0].action}"
+            problems.append(f"{place}: {says}")
     if problems:
         return problems, max(at, max(map(_end, by_rank.values())))
     expected, after = expected_samples(at, *shape, left_out)

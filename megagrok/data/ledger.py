@@ -139,8 +139,8 @@ class Ledger:
         if not self._has_complained:
             self._has_complained = True
             self._say(
-                f"the data ledger {self._path} cannot be written ({error}); training goes on, and `megagrok audit-data` "
-                "will name the steps that it cannot account for. Free space there."
+                f"the data ledger {self._path} cannot be written ({error}); training goes on, and "
+                "`megagrok audit-data` will name the steps that it cannot account for. Free space there."
             )
 
 
