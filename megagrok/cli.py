@@ -11,12 +11,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config, reference
 from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, DataError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
 from megagrok.train.files import RunFiles
 from megagrok.verify.choices import BREAK_NAMES, GRID_NAMES
+
+if TYPE_CHECKING:
+    from megagrok.slurm.script import Submission
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is that of the error it raised, if any (see errors.py)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, *rest = arguments or ["--help"]
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
         return _usage(name)
     command = COMMANDS[name]
@@ -109,9 +115,10 @@ def run_resume(options: argparse.Namespace) -> int:
 
 def _train(loaded: Loaded, files: RunFiles, options: argparse.Namespace) -> int:
     require_runnable(loaded)
+    from megagrok.train.beginning import Request
     from megagrok.train.start import start_training
 
-    start_training(loaded.config, files, accept_data_change=options.accept_data_change)
+    start_training(loaded.config, files, Request(accept_data_change=options.accept_data_change))
     return 0
 
 
@@ -167,6 +174,29 @@ def run_verify_layout(options: argparse.Namespace) -> int:
         rows = verify(request, on_row=lambda row: print(report.line(row), flush=True))
         print(report.closing(request, rows))
     return int(request.planted is not None or not all(row.matches for row in rows))
+
+
+def run_slurm_render(options: argparse.Namespace) -> int:
+    """Write the job script of a run, checked."""
+    from megagrok.slurm.submit import show_script
+
+    show_script(_submission(options), options.output)
+    return 0
+
+
+def run_slurm_submit(options: argparse.Namespace) -> int:
+    """Check a run and hand it to Slurm."""
+    from megagrok.slurm.submit import submit_run
+
+    submit_run(_submission(options), is_dry=options.dry_run)
+    return 0
+
+
+def _submission(options: argparse.Namespace) -> "Submission":
+    from megagrok.slurm.environment import cluster_file
+    from megagrok.slurm.script import read_submission
+
+    return read_submission(options.config, options.overrides, cluster_file(options.cluster))
 
 
 def _count(text: str) -> int:
@@ -248,6 +278,23 @@ def _add_verify_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="everything as JSON, at the end")
 
 
+def _add_slurm_config(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="cluster file; MEGAGROK_CLUSTER names it otherwise"
+    )
+
+
+def _add_slurm_render(parser: argparse.ArgumentParser) -> None:
+    _add_slurm_config(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the script, instead of here")
+
+
+def _add_slurm_submit(parser: argparse.ArgumentParser) -> None:
+    _add_slurm_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check, show the script, submit nothing")
+
+
 COMMANDS = {
     "train": Command("Train, or go on training, on this machine or as a rank.", _add_train, run_train),
     "resume": Command("Go on with a run as it was last started.", _add_resume, run_resume),
@@ -259,6 +306,8 @@ COMMANDS = {
         "Prove on CPU ranks that no layout changes the maths of a run's model.", _add_verify_layout, run_verify_layout
     ),
     "explain": Command("What a setting means, and where its value comes from.", _add_explain, run_explain),
+    "slurm render": Command("The job script of a run, checked.", _add_slurm_render, run_slurm_render),
+    "slurm submit": Command("Check a run and hand it to Slurm.", _add_slurm_submit, run_slurm_submit),
 }
 
 

@@ -15,6 +15,8 @@ class MegagrokError(Exception):
     """Base of everything megagrok raises on purpose. `exit_code` is what the process ends with."""
 
     exit_code: ClassVar[int] = EXIT_BUG
+    rank: int | None = None
+    """The rank that failed first, where its launcher knows."""
 
 
 class ConfigError(MegagrokError):
@@ -58,6 +60,10 @@ class NonFiniteError(MegagrokError):
 
 
 class RankError(MegagrokError):
-    """A rank died; carries the first failure of all ranks, not the echo of it."""
+    """A rank died or hung; carries the first failure of all ranks, not the echo of it."""
 
     exit_code = EXIT_TRANSIENT
+    is_node_suspect = False
+    """It was killed or hung, which its machine may have caused, and raised no error of its own."""
+    stacks = ""
+    """Python stacks of a node's ranks, if one of them hung."""

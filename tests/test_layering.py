@@ -29,13 +29,13 @@ DOORS = {
     "triton": ("megagrok.kernels",),
     "wandb": ("megagrok.telemetry",),
     "torch.cuda": ("megagrok.platform", "megagrok.parallel"),
-    "os.environ": ("megagrok.parallel.launch",),
-    "os.getenv": ("megagrok.parallel.launch",),
-    "os.putenv": ("megagrok.parallel.launch",),
+    "os.environ": ("megagrok.parallel.launch", "megagrok.parallel.placement", "megagrok.slurm.environment"),
+    "os.getenv": ("megagrok.parallel.launch", "megagrok.parallel.placement", "megagrok.slurm.environment"),
+    "os.putenv": ("megagrok.parallel.launch", "megagrok.parallel.placement", "megagrok.slurm.environment"),
 }
 # They come with the container of a GPU machine; no CPU test imports them.
 PRESENT_ON_GPU_MACHINES = {"transformer_engine", "triton"}
-TORCH_FREE = ("megagrok", "megagrok.errors", "megagrok.config", "megagrok.plan")
+TORCH_FREE = ("megagrok", "megagrok.errors", "megagrok.config", "megagrok.plan", "megagrok.slurm")
 
 FORBIDDEN_NAMES = (
     "pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve",

@@ -35,7 +35,8 @@ WHY_LEAST: Mapping[str, str] = {
 # Numbers have to be finite, and: above 0; at least 0; from 0 up to, not including, 1; between 0 and 1.
 SOFTCAPS = frozenset(("attention_softcap", "router_softcap", "final_softcap"))
 MULTIPLIERS = frozenset(("embedding_multiplier", "output_multiplier"))
-ABOVE_ZERO = SOFTCAPS | MULTIPLIERS | frozenset(("rope_theta", "norm_eps", "init_std", "lr", "eps"))
+LIMITS = frozenset(f"{phase}_seconds" for phase in ("start", "load", "step", "evaluate", "save"))
+ABOVE_ZERO = SOFTCAPS | MULTIPLIERS | LIMITS | frozenset(("rope_theta", "norm_eps", "init_std", "lr", "eps"))
 NOT_NEGATIVE = frozenset(("balance_coefficient", "z_loss_coefficient", "weight_decay", "clip_norm", "min_lr"))
 BELOW_ONE = frozenset(("beta1", "beta2", "dropout"))
 BETWEEN = frozenset(("held_out_fraction",))

@@ -215,6 +215,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """How long a rank may be silent before its launcher takes it for hung, writes down every stack and ends the run."""
+
+    start_seconds: float = 1800.0
+    """While it builds its part of the model and meets its peers."""
+    load_seconds: float = 3600.0
+    """While it reads a checkpoint."""
+    step_seconds: float = 600.0
+    """In one step of training."""
+    evaluate_seconds: float = 600.0
+    """In one batch of an evaluation."""
+    save_seconds: float = 1800.0
+    """While a step is held for a save, or waits for the end of the one before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetryConfig:
     """What is written down, and how often."""
 
@@ -242,3 +258,4 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)

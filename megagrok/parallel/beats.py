@@ -1,21 +1,27 @@
 """Heartbeats: what each rank of this machine is doing, in memory that its launcher shares. No files, no messages.
 
-A rank writes one small row: phase, step, when. Its launcher reads the rows without the rank's help, so a rank that hangs
-in a collective, in C code or in a stopped process is seen all the same.
+A rank writes one small row: phase, step, when. Its launcher reads the rows without the rank's help, so a rank that
+hangs in a collective, in C code or in a stopped process is seen all the same.
 """
 
 import mmap
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Literal, get_args
 
 import numpy as np
 
 Phase = Literal["start", "load", "step", "evaluate", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-_ROW = np.dtype([("phase", "i8"), ("step", "i8"), ("beats", "i8"), ("at", "f8"), ("saved", "i8")])
+_ROW = np.dtype(
+    [(name, "i8") for name in ("phase", "step", "beats", "saved", "worked_steps")] + [("at", "f8"), ("worked", "f8")]
+)
+_SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,10 @@ class Beat:
     """When, on the clock time.monotonic() of this machine."""
     saved: int | None
     """Newest step that it knows to be saved."""
+    worked_steps: int
+    """Steps that it has done since it started."""
+    worked_seconds: float
+    """Time in those steps in which it did not wait for its peers, as sampled by `metered`."""
 
 
 class Pulse:
@@ -54,6 +64,37 @@ class Pulse:
         """Say that a step is safe."""
         self._row["saved"] = step
         self.beat()
+
+    def step_done(self) -> None:
+        """Count a step."""
+        self._row["worked_steps"] += 1
+        self.beat()
+
+    @contextmanager
+    def metered(self, is_waiting: Callable[[FrameType], bool]) -> Iterator[None]:
+        """Sample what the calling thread does while the block runs, and add up the time in steps that is its own work.
+
+        is_waiting: whether a frame waits for peers. A gap between two samples is a wait if both ends are: a rank that
+        was stopped or starved in its own work has worked all the while, as far as its peers can tell.
+        """
+        main, ended = threading.get_ident(), threading.Event()
+
+        def sample() -> None:
+            before, was_waiting = time.monotonic(), False
+            while not ended.wait(_SAMPLE_SECONDS):
+                frame, now = sys._current_frames().get(main), time.monotonic()
+                waits = frame is not None and is_waiting(frame)
+                if not (waits and was_waiting) and PHASES[int(self._row["phase"])] == "step":
+                    self._row["worked"] += now - before
+                before, was_waiting = now, waits
+
+        thread = threading.Thread(target=sample, name="work-meter", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     @contextmanager
     def during(self, phase: Phase, step: int) -> Iterator[None]:
@@ -78,7 +119,7 @@ class Beats:
 
     def pulse(self, rank: int) -> Pulse:
         """The row of a rank, to write."""
-        return Pulse(self._rows[rank - self._first_rank : rank - self._first_rank + 1])
+        return Pulse(self._rows[rank - self._first_rank : rank - self._first_rank + 1].reshape(()))
 
     def read(self) -> list[Beat]:
         """All rows as they are now, in rank order."""
@@ -90,6 +131,8 @@ class Beats:
                 beats=int(row["beats"]),
                 at=float(row["at"]),
                 saved=int(row["saved"]) if row["saved"] >= 0 else None,
+                worked_steps=int(row["worked_steps"]),
+                worked_seconds=float(row["worked"]),
             )
             for index, row in enumerate(self._rows.copy())
         ]

@@ -5,6 +5,7 @@ released. No rank fails because a peer finished first, and of several failures t
 """
 
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import multiprocessing.reduction
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,7 @@ from megagrok import errors
 from megagrok.errors import MegagrokError
 
 # Slurm's own warning before a time limit is whatever --signal says; SIGUSR1 is the custom.
+STACK_SIGNAL = signal.SIGUSR2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -68,10 +71,14 @@ Ending = Returned | Exited | Failure
 class ForkedRank:
     """A forked rank, seen from the parent. Forked on construction; `reap` must be called."""
 
-    def __init__(self, name: str, body: Callable[[], object]) -> None:
+    def __init__(
+        self, name: str, body: Callable[[], object], *, log: Path | None = None, stack_file: Path | None = None
+    ) -> None:
+        """log: where its output goes, appended; None leaves it with the parent's.
+        stack_file: where it writes its Python stacks whenever STACK_SIGNAL comes."""
         context = multiprocessing.get_context("fork")
         self.pipe, rank_end = context.Pipe()
-        self._process = context.Process(target=_live, args=(body, rank_end, os.getpid()), name=name)
+        self._process = context.Process(target=_live, args=(body, rank_end, os.getpid(), log, stack_file), name=name)
         self._seen_alive = time.time()
         self.ending: Ending | None = None
         self._process.start()
@@ -134,9 +141,20 @@ class ForkedRank:
         return f"ended with status {status} and without a report"
 
 
-def _live(body: Callable[[], object], pipe: "Connection[Ending, bytes]", parent: int) -> None:
+def _live(
+    body: Callable[[], object],
+    pipe: "Connection[Ending, bytes]",
+    parent: int,
+    log: Path | None,
+    stack_file: Path | None,
+) -> None:
     """The rank's whole life. The parent holds stop signals back across the fork; they are let in here."""
     _die_with(parent)
+    if stack_file is not None:
+        # Written by faulthandler's own handler, in C: it answers while the rank hangs in C code or holds every lock.
+        faulthandler.register(STACK_SIGNAL, file=stack_file.open("ab", buffering=0), all_threads=True)
+    if log is not None:
+        _write_output_to(log)
     # Everything from before the fork is the parent's to collect: looking through it here would only copy its pages, and
     # takes half a second each of the eight times that DeepSpeed collects while it builds a bf16 optimizer.
     gc.freeze()
@@ -169,6 +187,18 @@ def _report(pipe: "Connection[Ending, bytes]", body: Callable[[], object]) -> No
         is_ours = isinstance(error, MegagrokError)
         name = ours[0] if is_ours else type(error).__name__
         pipe.send(Raised(time.time(), name, str(error), traceback.format_exc()))
+
+
+def _write_output_to(log: Path) -> None:
+    """Send what this process, its libraries and their C code print to a file."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 def _die_with(parent: int) -> None:

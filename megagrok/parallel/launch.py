@@ -1,6 +1,7 @@
-"""How ranks come to be: forked here on one machine, or started by torchrun or srun and joined.
+"""How ranks come to be: forked by the launcher of their node, or started by torchrun and joined.
 
-Not the layout of the ranks (topology.py) and not what they do. The only file that touches the process environment.
+Not the layout of the ranks (topology.py) and not what they do. With placement.py, which reads it, the only file that
+touches the process environment.
 
 The one idea: start the expensive thing once. Importing Megatron and DeepSpeed takes seconds, so the *caller* imports
 them and then forks ranks that have them already. Two rules follow for the caller of `run_ranks`: call it from the main
@@ -9,7 +10,6 @@ OpenMP and CUDA do not survive a fork.
 """
 
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -20,22 +20,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
+from pathlib import Path
 from types import FrameType
-from typing import Literal, TypeVar, TypeVarTuple, cast
+from typing import TypeVar, TypeVarTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore  # type: ignore[attr-defined]  # documented, but not in __all__
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]  # documented, not in __all__
 
 from megagrok import errors
 from megagrok.errors import MachineError, MegagrokError, RankError
+from megagrok.parallel.crew import interface_towards, reach_store
 from megagrok.parallel.forked import LEAVE_SECONDS, STOP_SIGNALS, Died, Ending, Exited, Failure, ForkedRank, Returned
+from megagrok.parallel.placement import Nodes, Placement
 from megagrok.parallel.ranks import ProcessGroupRanks
+from megagrok.parallel.watch import Hang, Watch
+from megagrok.platform import CPU, find_platform, num_gpus
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+HERE = Nodes()
+"""One machine, and this process its launcher."""
 _POLL_SECONDS = 0.1
+
+
+def count_gpus() -> int:
+    """GPUs of this machine, asked in a way after which ranks can still be forked; 0 without a driver."""
+    # Asked through the driver's library instead, CUDA would be started here and broken in every forked rank.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return num_gpus()
 
 
 def run_ranks(
@@ -45,89 +59,71 @@ def run_ranks(
     timeout_seconds: float,
     threads_per_rank: int = 1,
     on_started: Callable[[list[int]], None] | None = None,
+    nodes: Nodes = HERE,
+    log_of: Callable[[int], Path] | None = None,
+    watch: Watch | None = None,
+    on_gpus: bool = False,
 ) -> list[T]:
-    """Run fn(ranks, *args) in `world_size` forked processes that form a gloo process group; results in rank order.
+    """Run fn(ranks, *args) in forked processes that form a process group; this node's results in rank order.
 
     timeout_seconds: for one collective, not for the run: a call that a peer never makes fails after it.
     threads_per_rank: torch threads in each rank; above 1 only if this process never ran torch in parallel.
     on_started: gets the ranks' process ids, before their results are waited for.
+    nodes: where this process stands among the launchers of all nodes; each calls this once and forks its share of the
+    `world_size` ranks. Between nodes the ranks meet in the store that node 0's launcher holds (crew.py).
+    log_of: the file to which a rank's output is appended; without it ranks share this process's output.
+    watch: what finds a rank that hangs; its ranks are this node's.
+    on_gpus: each rank takes the GPU of its local number and speaks NCCL; otherwise all are on the CPU and speak gloo.
     Results cross a pipe by value (tensors are copied, not shared); fn and args are inherited and may be anything.
-    SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks once, and the ranks decide; a second one kills them.
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, and the ranks decide; a SIGINT (Ctrl-C) after another
+    signal kills them.
     Raises the earliest failure of all ranks: a MegagrokError as its own class, so that its exit code survives;
     anything else, a death by signal too, as RankError with the rank and its traceback. The others are stopped within
     seconds. If every rank left by SystemExit with one code, raises SystemExit with it.
     """
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}, must be at least 1")
+    mine = nodes.local_ranks(world_size)
     with tempfile.TemporaryDirectory(prefix="megagrok-ranks-") as folder:
-        store = os.path.join(folder, "rendezvous")
+        meeting = _Meeting(world_size, mine, os.path.join(folder, "rendezvous"), nodes, timeout_seconds, on_gpus)
 
         def body(rank: int) -> Callable[[], T]:
             def run() -> T:
-                ranks = _join_local(rank, world_size, store, timeout_seconds, threads_per_rank)
-                return fn(ranks, *args)
+                return fn(_join_as_forked(rank, meeting, threads_per_rank), *args)
 
             return run
 
+        if watch is not None:
+            watch.folder = Path(folder)
         team: list[ForkedRank] = []
         with _forwarding(team) as received:
             try:
                 with _blocked_signals():
-                    for rank in range(world_size):
-                        team.append(ForkedRank(f"megagrok-rank-{rank}", body(rank)))
+                    for rank in mine:
+                        log = None if log_of is None else log_of(rank)
+                        stack_file = None if watch is None else watch.stack_file(rank)
+                        team.append(ForkedRank(f"megagrok-rank-{rank}", body(rank), log=log, stack_file=stack_file))
                 if on_started is not None:
                     on_started([member.pid for member in team])
-                _watch(team)
+                hang = _watch(team, mine, watch)
             finally:
                 for member in team:
                     member.reap()
-    return cast(list[T], _outcome([member.ending for member in team], received))
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """This process as its launcher placed it. `address` and `port` are where rank 0 can be met."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    launcher: Literal["torchrun", "srun"]
-    address: str
-    port: int
-
-
-def discover(environment: Mapping[str, str] = os.environ) -> Placement | None:
-    """Which launcher started this process, and as which rank; None if none did and ranks are to be forked.
-
-    torchrun is recognised by RANK with MASTER_ADDR, and wins where both are present (torchrun inside srun).
-    A Slurm step of one task has no peers to join and counts as none, as does a batch script, which is not a step.
-    Raises MachineError, naming every variable that is missing or no number.
-    """
-    if "RANK" in environment and "MASTER_ADDR" in environment:
-        rank, world_size, local_rank, port = _numbers(
-            "torchrun", environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"
-        )
-        return Placement(rank, world_size, local_rank, "torchrun", environment["MASTER_ADDR"], port)
-    if "SLURM_STEP_ID" not in environment or environment.get("SLURM_NTASKS") == "1":
-        return None
-    rank, world_size, local_rank, job = _numbers(
-        "srun", environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"
-    )
-    address = environment.get("MASTER_ADDR") or _first_host(environment)
-    port = int(environment.get("MASTER_PORT", 20000 + job % 20000))
-    return Placement(rank, world_size, local_rank, "srun", address, port)
+    if hang is not None:
+        raise _as_rank_error(hang)
+    return cast(list[T], _outcome({rank: team[index].ending for index, rank in enumerate(mine)}, world_size, received))
 
 
 def join(
     placement: Placement, *, backend: str, timeout_seconds: float, device: torch.device | None = None
 ) -> ProcessGroupRanks:
-    """Form the default process group with the peers that the launcher started. Every rank calls it, once.
+    """Form the default process group with the peers that torchrun started. Every rank calls it, once.
 
     backend: "gloo" or "nccl", as megagrok.platform says.  device: this rank's GPU for nccl, None for gloo.
     timeout_seconds: for the meeting and for every collective after it.
     Raises MachineError if the peers cannot be met.
     """
-    os.environ["LOCAL_RANK"] = str(placement.local_rank)  # DeepSpeed's engine reads it; torchrun sets it, srun does not
+    os.environ["LOCAL_RANK"] = str(placement.local_rank)  # DeepSpeed's engine reads it
     where = f"{placement.address}:{placement.port}"
     try:
         dist.init_process_group(
@@ -140,40 +136,70 @@ def join(
         )
     except dist.DistError as error:
         raise MachineError(
-            f"rank {placement.rank} of {placement.world_size} ({placement.launcher}) did not meet its peers at {where} "
+            f"rank {placement.rank} of {placement.world_size} did not meet its peers at {where} "
             f"within {timeout_seconds:g} s: {error}. Check that every node resolves and reaches that address, "
             "or set MASTER_ADDR and MASTER_PORT."
         ) from error
     return ProcessGroupRanks(device=device)
 
 
-def _join_local(rank: int, world_size: int, store: str, timeout_seconds: float, threads: int) -> ProcessGroupRanks:
-    """Runs in the forked rank. No ports are chosen: the ranks meet in a file, and gloo takes what the kernel gives."""
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    """How the ranks of this node find all others."""
+
+    world_size: int
+    mine: range
+    file: str
+    """Where ranks of one node meet. No ports are chosen: gloo takes what the kernel gives."""
+    nodes: Nodes
+    timeout_seconds: float
+    on_gpus: bool
+
+    def store(self) -> Store:
+        """A connection of this rank's own."""
+        if self.nodes.count == 1:
+            return FileStore(self.file, self.world_size)
+        return PrefixStore("ranks", reach_store(self.nodes, self.timeout_seconds))
+
+    def interface(self) -> str | None:
+        """The network interface that gloo has to use."""
+        if self.nodes.count == 1:
+            # Peers are on this machine: its host name need not resolve, and no other machine may connect.
+            return "lo" if sys.platform == "linux" else None
+        return interface_towards(self.nodes.address, self.nodes.port)
+
+
+def _join_as_forked(rank: int, meeting: _Meeting, threads: int) -> ProcessGroupRanks:
+    """Runs in the forked rank."""
     torch.set_num_threads(threads)
+    local_rank = rank - meeting.mine.start
     # DeepSpeed's engine asks for LOCAL_RANK and finds no argument for it.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    if sys.platform == "linux":
-        # Peers are on this machine: its host name need not resolve, and no other machine may connect.
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(meeting.world_size), LOCAL_RANK=str(local_rank))
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := meeting.interface()) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    platform = find_platform(local_rank) if meeting.on_gpus else CPU
+    device = platform.device if platform.is_cuda else None
     dist.init_process_group(
-        "gloo",
-        store=FileStore(store, world_size),
+        platform.backend,
+        store=meeting.store(),
         rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
+        world_size=meeting.world_size,
+        timeout=timedelta(seconds=meeting.timeout_seconds),
+        device_id=device,
     )
-    ranks = ProcessGroupRanks()
+    ranks = ProcessGroupRanks(device=device)
     # Nobody may fail, and close its connections, while a peer is still making them.
     ranks.barrier()
     return ranks
 
 
-def _watch(team: Sequence[ForkedRank]) -> None:
-    """Return when every rank has ended, or LEAVE_SECONDS after the first failure, so that the others can unwind."""
+def _watch(team: Sequence[ForkedRank], numbers: range, watch: Watch | None) -> Hang | None:
+    """Return when every rank has ended, or LEAVE_SECONDS after the first failure, so that the others can unwind; or as
+    soon as one hangs, with what was found."""
     deadline: float | None = None
     while running := [member for member in team if member.ending is None]:
         if deadline is not None and time.monotonic() > deadline:
-            return
+            return None
         asked_at = time.time()
         is_quiet = not connection.wait([member.pipe for member in running], timeout=_POLL_SECONDS)
         for member in running:
@@ -185,43 +211,60 @@ def _watch(team: Sequence[ForkedRank]) -> None:
             for member in team:
                 if member.ending is not None:
                     member.release()
+        elif watch is not None:
+            pids = {rank: member.pid for rank, member in zip(numbers, team, strict=True) if member.ending is None}
+            hang = watch.look(pids)
+            if hang is not None:
+                return hang
+    return None
 
 
-def _outcome(endings: Sequence[Ending | None], received: Sequence[int]) -> list[object]:
+def _outcome(endings: Mapping[int, Ending | None], world_size: int, received: Sequence[int]) -> list[object]:
     """The values in rank order, or the one error that explains why there are none."""
-    if len(received) > 1:
-        name = signal.Signals(received[-1]).name
+    if signal.SIGINT in received[1:]:
         raise RankError(
-            f"a second signal ({name}) came before the ranks had ended; they were killed, unsaved work is lost"
+            "a second signal (SIGINT) came before the ranks had ended; they were killed, unsaved work is lost"
         )
-    failures = [(ending.at, rank, ending) for rank, ending in enumerate(endings) if isinstance(ending, Failure)]
+    failures = [(ending.at, rank, ending) for rank, ending in endings.items() if isinstance(ending, Failure)]
     if failures:
         _, rank, first = min(failures, key=lambda failure: failure[:2])
-        raise _as_error(first, rank, len(endings), received)
-    codes = [ending.code for ending in endings if isinstance(ending, Exited)]
+        raise _as_error(first, rank, world_size, received)
+    codes = [ending.code for ending in endings.values() if isinstance(ending, Exited)]
     if codes and codes == [codes[0]] * len(endings):
         raise SystemExit(codes[0])
     if codes:
-        how = [f"exit {ending.code}" if isinstance(ending, Exited) else "returned" for ending in endings]
+        how = [f"exit {ending.code}" if isinstance(ending, Exited) else "returned" for ending in endings.values()]
         raise RankError(f"the ranks ended differently, in rank order: {', '.join(how)}; all must return, or exit alike")
-    return [ending.value for ending in endings if isinstance(ending, Returned)]
+    return [ending.value for ending in endings.values() if isinstance(ending, Returned)]
+
+
+def _as_rank_error(hang: Hang) -> RankError:
+    error = RankError(f"{hang.text}\n{hang.stacks}")
+    error.rank, error.is_node_suspect, error.stacks = hang.rank, hang.rank is not None, hang.stacks
+    return error
 
 
 def _as_error(first: Failure, rank: int, world_size: int, received: Sequence[int]) -> BaseException:
     at = time.strftime("%H:%M:%S", time.localtime(first.at)) + f".{int(first.at % 1 * 1000):03d}"
+    error: MegagrokError
     if isinstance(first, Died):
         asked = f", after {signal.Signals(received[0]).name} was passed on to it" if received else ""
-        return RankError(f"rank {rank} of {world_size} {first.how} at {at}{asked}; the other ranks were stopped")
+        error = RankError(f"rank {rank} of {world_size} {first.how} at {at}{asked}; the other ranks were stopped")
+        error.is_node_suspect = True
+        error.rank = rank
+        return error
     if first.error == "KeyboardInterrupt":
         return KeyboardInterrupt()
     kind = vars(errors).get(first.error)
     if isinstance(kind, type) and issubclass(kind, MegagrokError):
-        error: MegagrokError = kind(first.message)
+        error = kind(first.message)
         error.add_note(f"First on rank {rank} of {world_size} at {at}:\n{first.trace}")
-        return error
-    return RankError(
-        f"rank {rank} of {world_size} failed first, at {at}: {first.error}: {first.message}\n{first.trace}"
-    )
+    else:
+        error = RankError(
+            f"rank {rank} of {world_size} failed first, at {at}: {first.error}: {first.message}\n{first.trace}"
+        )
+    error.rank = rank
+    return error
 
 
 @contextmanager
@@ -232,7 +275,8 @@ def _forwarding(team: Sequence[ForkedRank]) -> Iterator[list[int]]:
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for member in team:
-            member.signal(number if len(received) == 1 else signal.SIGKILL)
+            # Slurm sends SIGTERM after its warning, often in the middle of the save; only an impatient person kills.
+            member.signal(signal.SIGKILL if number == signal.SIGINT and len(received) > 1 else number)
 
     if threading.current_thread() is not threading.main_thread():
         # Python delivers signals to the main thread only: its handlers are not ours to replace.
@@ -254,26 +298,3 @@ def _blocked_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _numbers(launcher: str, environment: Mapping[str, str], *names: str) -> list[int]:
-    wrong = [f"{name}={environment.get(name)}" for name in names if not environment.get(name, "").isdecimal()]
-    if wrong:
-        raise MachineError(
-            f"this process looks started by {launcher}, but {', '.join(wrong)}: each must be a whole number. "
-            f"Start it with {launcher}, or unset the variables to fork the ranks here."
-        )
-    return [int(environment[name]) for name in names]
-
-
-def _first_host(environment: Mapping[str, str]) -> str:
-    """Task 0's host: the first of Slurm's node list, as in node[07-12,20],other3. One node meets on itself."""
-    if environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")) == "1":
-        return "127.0.0.1"
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
-    first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
-    if first is None:
-        raise MachineError(
-            "started by srun, but SLURM_STEP_NODELIST is empty: set MASTER_ADDR to the address of rank 0's node"
-        )
-    return first[1] + (first[2] or "")

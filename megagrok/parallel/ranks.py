@@ -69,21 +69,21 @@ class ProcessGroupRanks:
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
         self._group = group
-        self._device = torch.device("cpu") if device is None else device
+        self.device = torch.device("cpu") if device is None else device
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
     def gather(self, value: JSON) -> list[JSON]:
         """Two collectives: the lengths, then the UTF-8 bytes padded to the longest. Waits on the host."""
         text = _encode(value)
-        length = torch.tensor([len(text)], dtype=torch.int64, device=self._device)
+        length = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.world_size)]
         dist.all_gather(lengths, length, group=self._group)
         sizes = [int(size.item()) for size in lengths]
 
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        padded = padded.to(self._device)
+        padded = padded.to(self.device)
         texts = [torch.zeros_like(padded) for _ in range(self.world_size)]
         dist.all_gather(texts, padded, group=self._group)
         return [_decode(buffer[:size].cpu().numpy().tobytes()) for buffer, size in zip(texts, sizes, strict=True)]
@@ -94,7 +94,7 @@ class ProcessGroupRanks:
 
     def any(self, flag: bool) -> bool:
         """One all-reduce of one number."""
-        raised = torch.tensor([int(flag)], dtype=torch.int32, device=self._device)
+        raised = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group)
         return bool(raised.item())
 

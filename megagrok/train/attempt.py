@@ -1,7 +1,7 @@
 """What every start of a run leaves behind: attempts/GENERATION/node-K.json, one page per node, kept up to date.
 
 Each node's launcher writes its own page, so no node waits for another and a node that is lost has said what it knew.
-Readers need no torch: `megagrok slurm status` and `why` run on a login node. A page is replaced in one move, never torn.
+Readers need no torch: `megagrok slurm status` and `why` run on a login node. A page is replaced in one move.
 """
 
 import json

@@ -10,6 +10,7 @@ from megagrok.config import RunConfig, to_dict
 from megagrok.data.batches import Batch, TrainBatches, held_out_batches
 from megagrok.data.prepare import PreparedData
 from megagrok.engine.engine import Engine
+from megagrok.parallel.beats import Pulse
 from megagrok.parallel.ranks import JSON, Ranks
 from megagrok.plan import training_flops_per_token
 from megagrok.telemetry.expert_load import expert_shares
@@ -86,10 +87,16 @@ class Evaluate:
     """Held-out loss every `train.evaluate_every_steps` and at the end; the same samples each time."""
 
     def __init__(
-        self, run: RunConfig, engine: Engine, prepared: PreparedData, journal: Journal | None, data_rank: int
+        self,
+        run: RunConfig,
+        engine: Engine,
+        prepared: PreparedData,
+        journal: Journal | None,
+        data_rank: int,
+        pulse: Pulse,
     ) -> None:
         self._run, self._engine, self._prepared = run, engine, prepared
-        self._journal, self._data_rank = journal, data_rank
+        self._journal, self._data_rank, self._pulse = journal, data_rank, pulse
 
     def after_step(self, result: StepResult) -> None:
         """Collective in the steps where it evaluates."""
@@ -99,9 +106,11 @@ class Evaluate:
     def evaluate(self, step: int) -> None:
         """Evaluate the weights as they are after `step` updates. Collective."""
         ce_sum, num_tokens = 0.0, 0
-        for batch in self._batches():
-            batch_sum, batch_tokens = self._engine.evaluate(batch)
-            ce_sum, num_tokens = ce_sum + batch_sum, num_tokens + batch_tokens
+        with self._pulse.during("evaluate", step):
+            for batch in self._batches():
+                batch_sum, batch_tokens = self._engine.evaluate(batch)
+                ce_sum, num_tokens = ce_sum + batch_sum, num_tokens + batch_tokens
+                self._pulse.beat()
         if self._journal is not None:
             self._journal.write(make_evaluation(step=step, loss=ce_sum / num_tokens, tokens=num_tokens))
 

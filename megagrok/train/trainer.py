@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,15 +10,16 @@ from megagrok.config import RunConfig
 from megagrok.data.batches import Batch, TrainBatches
 from megagrok.engine.engine import Engine, StepTotals, Update
 from megagrok.errors import NonFiniteError
+from megagrok.parallel.beats import Pulse
 from megagrok.parallel.ranks import JSON, Ranks
 from megagrok.plan import global_batch_at
 from megagrok.platform import Platform
 from megagrok.train.account import Account
+from megagrok.train.beginning import Inject
 from megagrok.train.files import RunFiles
 from megagrok.train.schedule import learning_rate
 from megagrok.train.stop import StopRequest
 
-Inject = Callable[[int, Engine], None]
 """What a drill does to a step, between its backward pass and the reduction of its gradients."""
 
 
@@ -55,11 +56,13 @@ class Trainer:
         hooks: Sequence[Hook],
         ranks: Ranks,
         platform: Platform,
-        inject: Inject | None = None,
+        pulse: Pulse,
+        inject: "Inject | None" = None,
     ) -> None:
         """inject: called with the step by every rank; for drills, it may spoil gradients and weights."""
         self._run, self._files, self._engine, self._data, self._account = run, files, engine, data, account
         self._hooks, self._ranks, self._platform, self._inject = hooks, ranks, platform, inject
+        self._pulse = pulse
 
     def train(self, done_steps: int, stop: StopRequest) -> int:
         """Run the steps after `done_steps` to the end of the run, or to the first step after a stop was asked for.
@@ -77,6 +80,7 @@ class Trainer:
     def train_step(self, step: int) -> StepResult:
         """One optimizer update. Order matters and is the documentation."""
         started = time.perf_counter()
+        self._pulse.enter("step", step)
         global_batch = global_batch_at(self._run.train, self._data.next_sample)
         batch = self._data.next_batch(global_batch)  # CPU; carries document ids, so a bad step can be looked into
         totals = self._engine.forward_backward(batch)  # sums over tokens, equal on all ranks
@@ -88,6 +92,7 @@ class Trainer:
             self._refuse(step, totals, batch)  # raises on every rank together; weights have not moved
         self._account.write(step, batch, global_batch, "trained")
         self._platform.wait()
+        self._pulse.step_done()
         seconds = time.perf_counter() - started
         return StepResult(step, totals, update, lr, global_batch, self._data.consumed_samples, seconds)
 

@@ -12,43 +12,41 @@ from megagrok.data.batches import TrainBatches
 from megagrok.data.prepare import PreparedData
 from megagrok.engine.engine import build_engine
 from megagrok.parallel.groups import make_groups
-from megagrok.parallel.ranks import Ranks
+from megagrok.parallel.ranks import ProcessGroupRanks, Ranks
 from megagrok.parallel.topology import Topology
+from megagrok.parallel.watch import frame_waits
 from megagrok.platform import Platform, peak_flops_per_second
 from megagrok.telemetry.metrics_file import open_metrics
 from megagrok.telemetry.progress import Progress
 from megagrok.telemetry.tracker import make_tracker
 from megagrok.train.account import Account
+from megagrok.train.beginning import Start
 from megagrok.train.files import RunFiles
 from megagrok.train.hooks import Evaluate, Journal, Log, Save
 from megagrok.train.stop import Preempted, listen_for_stop
-from megagrok.train.trainer import Inject, Trainer
+from megagrok.train.trainer import Hook, Trainer
 
 
 def train_rank(
-    ranks: Ranks,
+    ranks: ProcessGroupRanks,
     run: RunConfig,
     files: RunFiles,
     prepared: PreparedData,
-    platform: Platform,
-    timeout_seconds: float,
-    generation: int = 1,
-    accept_data_change: bool = False,
-    inject: Inject | None = None,
+    start: Start,
 ) -> None:
     """Build, load, train, save. Every rank of the job calls it once, with its process group formed.
 
-    generation: how often the run was started, this start included.  accept_data_change: see TrainBatches.load_state.
-    inject: see Trainer.
-
     Raises Preempted (exit status 76) after a stop was asked for and saved; else whatever ended the run.
     """
-    with listen_for_stop() as stop:
+    platform = Platform(ranks.device, dist.get_backend())
+    pulse = start.beats.pulse(ranks.rank)
+    pulse.enter("start", 0)
+    with listen_for_stop() as stop, pulse.metered(frame_waits):
         groups = make_groups(
             Topology.of(run.parallel),
             virtual_pipeline=run.parallel.virtual_pipeline,
             platform=platform,
-            timeout_seconds=timeout_seconds,
+            timeout_seconds=start.timeout_seconds,
         )
         engine = build_engine(run, groups, platform)
         data_rank = groups.coordinates.data
@@ -60,24 +58,28 @@ def train_rank(
             data_rank=data_rank,
             data_size=run.parallel.data,
         )
+        pulse.enter("load", 0)
         checkpoint = find_checkpoint(files.checkpoints, ranks=ranks)
         data_before: str | None = None
         if checkpoint is not None:
             engine.load(checkpoint)
-            data_before = data.load_state(checkpoint.facts["data"], accept_change=accept_data_change)  # type: ignore[arg-type]  # load_state checks what it is given
+            data_before = data.load_state(checkpoint.facts["data"], accept_change=start.request.accept_data_change)  # type: ignore[arg-type]  # load_state checks what it is given
+            pulse.saved(checkpoint.step)
         done = 0 if checkpoint is None else checkpoint.step
-        account = Account(run, files, data, ranks, groups.coordinates, generation)
+        account = Account(run, files, data, ranks, groups.coordinates, start.generation)
         account.begin(done)
         if data_before is not None:
             account.change_data(done, data_before)
         journal = _open_journal(run, files, checkpoint) if ranks.rank == 0 else None
         try:
             save = Save(run, _run_id(checkpoint, ranks), files.checkpoints, engine, data, ranks)
-            evaluate = Evaluate(run, engine, prepared, journal, data_rank)
+            evaluate = Evaluate(run, engine, prepared, journal, data_rank, pulse)
             log = Log(run, journal, _peak_of_all_ranks(run, platform))
             if done == 0:
                 evaluate.evaluate(0)
-            trainer = Trainer(run, files, engine, data, account, [log, evaluate, save], ranks, platform, inject)
+            hooks: list[Hook] = [log, evaluate, save]
+            inject = start.request.inject
+            trainer = Trainer(run, files, engine, data, account, hooks, ranks, platform, pulse, inject)
             last = trainer.train(done, stop)
             if last < run.train.steps:
                 save.save(last)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megagrok.errors import EXIT_BUG
+from megagrok.parallel.placement import Nodes
 from megagrok.train.files import RunFiles
-from megagrok.train.folder import claimed
+from megagrok.train.lease import leased, read_lease
 from tests.train.commands import Command, copy_until, damage, lines, run, steps_in, tensors, wait_until
 from tests.train.conftest import FOUR_RANKS, Untouched
 
@@ -24,11 +25,11 @@ def copied(untouched: Untouched, tmp_path: Path) -> RunFiles:
 
 
 def content(files: RunFiles) -> dict[str, bytes]:
-    """Every file of a run, but for the lock."""
+    """Every file of a run, but for who holds it and who tried."""
     return {
         str(path.relative_to(files.root)): path.read_bytes()
         for path in files.root.rglob("*")
-        if path.is_file() and path != files.lock
+        if path.is_file() and path.parent != files.root / "attempts" / path.parent.name and "lease" not in path.name
     }
 
 
@@ -105,7 +106,7 @@ def test_resume_does_not_wander_into_another_folder(copied: RunFiles, tmp_path: 
 
 def test_two_runs_do_not_share_a_folder(config: Path, copied: RunFiles, tmp_path: Path) -> None:
     before = content(copied)
-    with claimed(copied):
+    with leased(copied, Nodes()):
         done = run("train", config, folder=tmp_path, status=4)
     assert f"CheckpointError: runs/law is in use by process {os.getpid()} on " in done.err
     assert content(copied) == before
@@ -122,8 +123,12 @@ def test_a_killed_run_lets_go_of_its_folder(config: Path, tmp_path: Path) -> Non
     while command.survivors():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with claimed(files):
-        assert files.lock.read_text().startswith(f"process {os.getpid()} on ")
+    with leased(files, Nodes()) as lease:
+        holder = read_lease(files.lease)
+        assert holder is not None and (holder.pid, holder.generation) == (os.getpid(), lease.generation) == (
+            os.getpid(),
+            2,
+        )
 
 
 @pytest.mark.parametrize("blocked", ["runs", "runs/law", "runs/law/checkpoints"])

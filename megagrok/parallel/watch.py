@@ -1,0 +1,209 @@
+"""Finding a rank that hangs or lags, from outside of it: limits on silence, every rank's stack, and who was first.
+
+Dead, hung and slow are three things. A dead rank is seen by its launcher at once; a hung one only by its silence, and
+then all its peers are silent too, because they wait for it. So the launcher asks every rank for its Python stack (the
+ranks' handler is C code that needs no lock and no cooperation) and looks for the one that does not wait for the others.
+"""
+
+import linecache
+import os
+import re
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from megagrok.config.schema import WatchConfig
+from megagrok.parallel.beats import Beat, Beats, Phase
+from megagrok.parallel.forked import STACK_SIGNAL
+
+_LOOK_SECONDS = 0.5
+_STACK_SECONDS = 2.0
+# A rank of another node may be the one: its launcher speaks first.
+_GRACE_SECONDS = 10.0
+_FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.M)
+_WAITING_FILES = ("/torch/distributed/", "/pipeline_parallel/p2p_communication.py", "/deepspeed/comm/")
+_WAITING_LINE = re.compile(r"\.(wait|synchronize)\(")
+# A rank lags if it was busy for this much longer than its peers over so many steps.
+_LAG_RATIO = 1.4
+_LAG_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """What the launcher found."""
+
+    rank: int | None
+    """The rank that the others wait for; None if it must be on another node."""
+    beat: Beat
+    """What that rank, or the most silent one, was doing."""
+    text: str
+    """The finding in words."""
+    stacks: str
+    """Python stacks of all ranks of this node."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """What a launcher watches its ranks with. One for each start."""
+
+    beats: Beats
+    limits: Mapping[Phase, float]
+    """Seconds that a rank may be silent in each phase."""
+    is_alone: bool = True
+    """No other node takes part."""
+    peers: Mapping[int, int] = field(default_factory=dict)
+    """Rank to a number; ranks with the same number have the same work to do, and are compared."""
+    on_look: Callable[[list[Beat]], None] = lambda beats: None
+    """Called about twice a second with the beats."""
+    say: Callable[[str], None] = lambda line: None
+    """Where a lagging rank is named."""
+    folder: Path = Path()
+    """Where the ranks write their stacks; the launcher sets it."""
+    _looked_at: float = 0.0
+    _work: dict[int, deque[tuple[int, float]]] = field(default_factory=dict)
+    _named: set[int] = field(default_factory=set)
+
+    def stack_file(self, rank: int) -> Path:
+        """Where a rank writes its stack when it is asked."""
+        return self.folder / f"stack-{rank}"
+
+    def look(self, pids: Mapping[int, int]) -> Hang | None:
+        """A finding, if a rank has been silent for longer than its phase allows. pids: of the ranks still running."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_SECONDS:
+            return None
+        self._looked_at = now
+        beats = self.beats.read()
+        self.on_look(beats)
+        self._name_laggards(beats)
+        late = [beat for beat in beats if beat.rank in pids and now - beat.at > self.limits[beat.phase]]
+        if not late:
+            return None
+        stacks = self._ask_for_stacks(pids)
+        suspects = [beat for beat in beats if beat.rank in pids and not _is_waiting(pids[beat.rank], stacks[beat.rank])]
+        silence = max(now - beat.at - self.limits[beat.phase] for beat in late)
+        if not suspects and not self.is_alone and silence < _GRACE_SECONDS:
+            return None
+        return self._finding(late, suspects, stacks, pids, now)
+
+    def _finding(
+        self, late: list[Beat], suspects: list[Beat], stacks: Mapping[int, str], pids: Mapping[int, int], now: float
+    ) -> Hang:
+        # The furthest behind; of equals the one that fell silent first.
+        first = min(suspects or late, key=lambda beat: (beat.step, beat.beats, beat.at))
+        doing = f"step {first.step}" if first.phase == "step" else f"{first.phase} (step {first.step})"
+        text = (
+            f"rank {first.rank} hangs in {doing}: no sign of life for {now - first.at:.1f} s, "
+            f"{self.limits[first.phase]:g} s are allowed in this phase (watch.{first.phase}_seconds)"
+        )
+        if _is_stopped(pids[first.rank]):
+            text += "; its process has been stopped by a signal"
+        if not suspects:
+            text = (
+                f"no sign of life from {len(late)} rank(s) for {now - first.at:.1f} s in {doing}: all of this node "
+                "wait for a peer" + ("" if self.is_alone else " on another node")
+            )
+        elif len(pids) > 1:
+            text += f"; {len(pids) - len(suspects)} of {len(pids)} ranks here wait for a peer"
+        whole = "\n".join(f"rank {rank}\n{stack}" for rank, stack in sorted(stacks.items()))
+        blamed = first.rank if suspects or self.is_alone else None
+        return Hang(blamed, first, text, whole)
+
+    def _ask_for_stacks(self, pids: Mapping[int, int]) -> dict[int, str]:
+        before = {rank: _size(self.stack_file(rank)) for rank in pids}
+        stopped = {rank for rank, pid in pids.items() if _is_stopped(pid)}
+        for rank, pid in pids.items():
+            _kill(pid, STACK_SIGNAL)
+            if rank in stopped:
+                # It takes the signal when it goes on, before anything else, and is stopped again.
+                _kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + _STACK_SECONDS
+        while time.monotonic() < deadline and any(_size(self.stack_file(rank)) == before[rank] for rank in pids):
+            time.sleep(0.05)
+        time.sleep(0.05)
+        for rank in stopped:
+            _kill(pids[rank], signal.SIGSTOP)
+        stacks = {}
+        for rank in pids:
+            text = self.stack_file(rank).read_bytes()[before[rank] :].decode("utf-8", "replace")
+            stacks[rank] = text or "  (it did not answer: blocked in the kernel, or not yet started)\n"
+        return stacks
+
+    def _name_laggards(self, beats: list[Beat]) -> None:
+        """Say which rank needs longer for its own work than ranks with the same work, once for each rank."""
+        spent: dict[int, float] = {}
+        for beat in beats:
+            history = self._work.setdefault(beat.rank, deque(maxlen=2 * _LAG_STEPS))
+            if not history or beat.worked_steps != history[-1][0]:
+                history.append((beat.worked_steps, beat.worked_seconds))
+            recent = [entry for entry in history if entry[0] >= beat.worked_steps - _LAG_STEPS]
+            steps = recent[-1][0] - recent[0][0] if recent else 0
+            if steps >= _LAG_STEPS // 2:
+                spent[beat.rank] = (recent[-1][1] - recent[0][1]) / steps
+        for rank, seconds in spent.items():
+            others = [
+                spent[other] for other in spent if other != rank and self.peers.get(other, 0) == self.peers.get(rank, 0)
+            ]
+            if rank in self._named or not others or seconds < _LAG_RATIO * statistics.median(others):
+                continue
+            self._named.add(rank)
+            self.say(
+                f"rank {rank} is slow: {seconds:.3f} s of work in a step of its own, its peers with the same work need "
+                f"{statistics.median(others):.3f} s (over the last {_LAG_STEPS} steps). The others wait for it."
+            )
+
+
+def _is_waiting(pid: int, stack: str) -> bool:
+    """Whether the stack's newest frame waits for another rank. A process that was stopped waits for nobody."""
+    if _is_stopped(pid):
+        return False
+    # faulthandler prints the thread that took the signal first to last; Linux gives it to the main thread.
+    _, _, current = stack.partition("Current thread")
+    frame = _FRAME.search(current.split("\n\n")[0])
+    return frame is not None and is_waiting_at(frame["file"], int(frame["line"]))
+
+
+def is_waiting_at(file: str, line: int) -> bool:
+    """Whether a place in the code is one where a rank waits for its peers."""
+    if any(part in file for part in _WAITING_FILES):
+        return True
+    return _WAITING_LINE.search(linecache.getline(file, line)) is not None
+
+
+def phase_limits(watch: WatchConfig) -> dict[Phase, float]:
+    """Seconds that a rank may be silent, by phase."""
+    return {
+        "start": watch.start_seconds,
+        "load": watch.load_seconds,
+        "step": watch.step_seconds,
+        "evaluate": watch.evaluate_seconds,
+        "save": watch.save_seconds,
+    }
+
+
+def frame_waits(frame: FrameType) -> bool:
+    """The same for a running frame of this process."""
+    return is_waiting_at(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it has just ended, and the launcher will see that
