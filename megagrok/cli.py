@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config, reference
-from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, DataError, MegagrokError
+from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, DataError, MachineError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
+from megagrok.plan.dependencies import bad_dependencies, installed_versions
+from megagrok.plan.memory_rules import GIB
 from megagrok.train.files import RunFiles
 from megagrok.verify.choices import BREAK_NAMES, GRID_NAMES
 
@@ -60,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """Refuse the run with all its problems, or say what it is."""
+    bad = bad_dependencies(installed_versions())
+    if bad and options.strict_deps:
+        raise MachineError("\n".join(bad))
     loaded = decode_config(options.config, options.overrides)
-    require_runnable(loaded, options.world)
+    require_runnable(loaded, options.world, None if options.memory is None else int(options.memory * GIB))
+    for sentence in bad:
+        print(f"warning: {sentence}", file=sys.stderr)
     config = loaded.config
     layout = config.parallel
     axes = f"tensor {layout.tensor} x context {layout.context} x pipeline {layout.pipeline} x data {layout.data}"
@@ -106,6 +113,11 @@ def run_resume(options: argparse.Namespace) -> int:
     files = RunFiles(options.run)
     if not files.config.exists():
         raise CheckpointError(f"{options.run} is not the folder of a run: it has no {files.config.name}")
+    if not any(files.checkpoints.glob("step-*")):
+        raise CheckpointError(
+            f"{files.checkpoints} has no checkpoint to go on from, and resume does not start from scratch. "
+            f"Fix: bring the checkpoints back, or begin with: megagrok train {files.config}"
+        )
     for override in options.overrides:
         if override.partition("=")[0] in ("name", "runs_dir"):
             raise ConfigError(f"{override}: a run is resumed in its own folder. To branch off, copy {options.run}.")
@@ -206,6 +218,13 @@ def _count(text: str) -> int:
     return count
 
 
+def _gib(text: str) -> float:
+    size = float(text)
+    if not 0 < size < 1e6:
+        raise argparse.ArgumentTypeError(f"{text}, needs a number of GiB above 0")
+    return size
+
+
 def _temperature(text: str) -> float:
     temperature = float(text)
     if not 0 <= temperature < float("inf"):
@@ -225,6 +244,10 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--world", type=_count, metavar="N", help="ranks that will be started")
+    parser.add_argument("--memory", type=_gib, metavar="GIB", help="memory of the device of one rank")
+    parser.add_argument(
+        "--strict-deps", action="store_true", help="refuse libraries with known holes, do not just warn"
+    )
 
 
 def _add_describe(parser: argparse.ArgumentParser) -> None:

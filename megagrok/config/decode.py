@@ -6,11 +6,11 @@ the values: those are in `checks.py`.
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from megagrok.config.fields import homes_of, is_optional, nearest, section_class, settings_of, type_words, without_null
-from megagrok.config.problems import Problem, raise_problems, shown
+from megagrok.config.problems import Problem, is_secret_name, raise_problems, shown
 from megagrok.config.schema import RunConfig
 from megagrok.config.source import Entry, Listing, Node, Scalar, Section, kind_of, plain_node
 
@@ -39,8 +39,10 @@ def from_dict(plain: Mapping[str, Any], source: str = "configuration") -> RunCon
 class Decoder:
     """Collects problems and the provenance of each key while it decodes."""
 
-    def __init__(self, problems: list[Problem]) -> None:
+    def __init__(self, problems: list[Problem], homes: Callable[[str], list[str]] = homes_of) -> None:
+        """homes: the sections that have a setting of a name, for whoever put it into the wrong one."""
         self.problems = problems
+        self.homes = homes
         self.provenance: dict[str, str] = {}
 
     def decode(self, root: Node, cls: type[T], key: str = "") -> T | None:
@@ -137,10 +139,13 @@ class Decoder:
     def _unknown(self, name: str, section: str, names: list[str], entry: Entry) -> None:
         path = f"{section}.{name}" if section else name
         here = section or "the top level"
-        homes = homes_of(name)
+        homes = self.homes(name)
         similar = nearest(name, names)
         word = shown(name)
-        if homes:
+        if is_secret_name(name):
+            advice = "keep it in the environment (WANDB_API_KEY, HF_TOKEN): configurations go into checkpoints and logs"
+            text = f"{word} in {here} looks like the key of a secret: {advice}"
+        elif homes:
             belongs = " or ".join(home or "the top level" for home in homes)
             text = f"{word} belongs under {belongs}, found under {here}"
         elif similar:
