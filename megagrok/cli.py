@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """Refuse the run with all its problems, or say what it is."""
     bad = bad_dependencies(installed_versions())
-    if bad and options.strict_deps:
-        raise MachineError("\n".join(bad))
     loaded = decode_config(options.config, options.overrides)
     require_runnable(loaded, options.world, None if options.memory is None else int(options.memory * GIB))
+    if bad and options.strict_deps:
+        raise MachineError("\n".join(bad))
     for sentence in bad:
         print(f"warning: {sentence}", file=sys.stderr)
     config = loaded.config

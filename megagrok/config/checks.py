@@ -42,6 +42,8 @@ BELOW_ONE = frozenset(("beta1", "beta2", "dropout"))
 BETWEEN = frozenset(("held_out_fraction",))
 
 PATHS = frozenset(("runs_dir", "cache", "tokens", "tokenizer", "path"))
+# Limits of Linux and its file systems; what megagrok appends to a folder of the configuration is within the rest.
+LONGEST_NAME_BYTES, LONGEST_PATH_BYTES = 255, 3500
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -61,6 +63,12 @@ def path_problem(key: str, path: str) -> str | None:
     if variable is not None:
         return (
             f"{key} = {path}: {variable.group(1)} is not set, a configuration reads no environment: write the path out"
+        )
+    longest = max(path.split("/"), key=lambda part: len(part.encode()))
+    if len(longest.encode()) > LONGEST_NAME_BYTES or len(path.encode()) > LONGEST_PATH_BYTES:
+        return (
+            f"{key} = {shown(path)}: {len(path.encode()):,} bytes, the longest part {len(longest.encode()):,}; "
+            f"a path has at most {LONGEST_PATH_BYTES:,}, each part {LONGEST_NAME_BYTES}"
         )
     if path.startswith("~"):
         return f"{key} = {path}: ~ is not expanded: write the path out"

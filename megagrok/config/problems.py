@@ -26,6 +26,8 @@ SECRET = re.compile(
     r"|://[^/\s:@]+:[^/\s@]+@"
 )
 
+SECRET_NAME = re.compile(r"(^|_)(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Fix:
@@ -71,6 +73,11 @@ def raise_problems(problems: Sequence[Problem], source: str) -> None:
 def is_secret(text: str) -> bool:
     """Whether `text` has the form of a credential of a service that trainings talk to."""
     return SECRET.search(text) is not None
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a key called `name` would hold a credential."""
+    return SECRET_NAME.search(name) is not None
 
 
 def shown(value: object) -> str:

@@ -5,7 +5,8 @@ than without, so nobody is sent from one refusal into the next.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from megagrok.config.checks import field_problems
@@ -14,26 +15,28 @@ from megagrok.config.problems import Fix, Plain, Problem, placed, raise_problems
 from megagrok.config.schema import RunConfig
 from megagrok.plan.batch_rules import BATCH_RULES
 from megagrok.plan.layout_rules import LAYOUT_RULES, world_problems
+from megagrok.plan.memory_rules import memory_problems
 
 MOST_ADVICE = 3
 RULES = (*LAYOUT_RULES, *BATCH_RULES)
 WORLD_READS = ("parallel.tensor", "parallel.context", "parallel.pipeline", "parallel.data")
 
 
-def require_runnable(loaded: Loaded, world_size: int | None = None) -> None:
+def require_runnable(loaded: Loaded, world_size: int | None = None, memory_bytes: int | None = None) -> None:
     """Raise one ConfigError that lists everything `check` finds, with the place each setting was written."""
-    raise_problems(placed(check(loaded.config, world_size), loaded.provenance), loaded.config.name)
+    raise_problems(placed(check(loaded.config, world_size, memory_bytes), loaded.provenance), loaded.config.name)
 
 
-def check(config: RunConfig, world_size: int | None = None) -> list[Problem]:
+def check(config: RunConfig, world_size: int | None = None, memory_bytes: int | None = None) -> list[Problem]:
     """Everything that keeps the run from working: ranges of single settings, then what settings break together.
 
-    world_size: ranks that are or will be started (--world, Slurm); None leaves them unchecked.  Needs no device, and
-    reads no environment: whoever knows the number of ranks hands it in.
+    world_size: ranks that are or will be started (--world, Slurm).  memory_bytes: of the device of one rank.  None
+    leaves them unchecked.  Needs no device, and reads no environment: whoever knows the two hands them in.
     """
-    problems = _find(config, world_size)
+    find = partial(_find, world_size=world_size, memory_bytes=memory_bytes)
+    problems = find(config)
     return [
-        dataclasses.replace(problem, fixes=_that_help(config, world_size, problem.fixes, len(problems)))
+        dataclasses.replace(problem, fixes=_that_help(config, find, problem.fixes, len(problems)))
         for problem in problems
     ]
 
@@ -44,7 +47,7 @@ def with_setting(config: RunConfig, key: str, value: Plain) -> RunConfig:
     return changed
 
 
-def _find(config: RunConfig, world_size: int | None) -> list[Problem]:
+def _find(config: RunConfig, *, world_size: int | None, memory_bytes: int | None) -> list[Problem]:
     problems = field_problems(config)
     broken = [problem.key for problem in problems]
     for rule in RULES:
@@ -52,6 +55,8 @@ def _find(config: RunConfig, world_size: int | None) -> list[Problem]:
             problems += rule.find(config)
     if world_size is not None and not _are_broken(WORLD_READS, broken):
         problems += world_problems(config, world_size)
+    if memory_bytes is not None and not problems:
+        problems += memory_problems(config, memory_bytes)
     return problems
 
 
@@ -59,13 +64,15 @@ def _are_broken(reads: Sequence[str], broken: Sequence[str]) -> bool:
     return any(key == read or key.startswith(f"{read}.") for read in reads for key in broken)
 
 
-def _that_help(config: RunConfig, world_size: int | None, fixes: Sequence[Fix], num_problems: int) -> tuple[Fix, ...]:
+def _that_help(
+    config: RunConfig, find: Callable[[RunConfig], list[Problem]], fixes: Sequence[Fix], num_problems: int
+) -> tuple[Fix, ...]:
     helpful: list[Fix] = []
     for fix in dict.fromkeys(fixes):
         of_this_key = sum(other.key == fix.key for other in helpful)
         if of_this_key < MOST_ADVICE:
             changed = with_setting(config, fix.key, fix.value)
-            if len(_find(changed, world_size)) < num_problems:
+            if len(find(changed)) < num_problems:
                 helpful.append(fix)
     return tuple(helpful)
 

@@ -142,6 +142,8 @@ OVERRIDES = [
     ('data.cache="a\\nb"', "a path has no control character such as '\\n'"),
     ('data.cache="a\\0b"', "a path has no control character such as '\\x00'"),
     ("data.cache=''", "data.cache is empty, needs a path"),
+    ("data.cache=" + "a" * 256, "256 bytes, the longest part 256; a path has at most 3,500, each part 255"),
+    ("data.cache=" + "ab/" * 1200, "3,600 bytes, the longest part 2; a path has at most 3,500, each part 255"),
     ("name=a/b", "name = 'a/b', needs letters, digits"),
     ("name=../x", "name = '../x', needs letters, digits"),
     ("name=-rf", "name = '-rf', needs letters, digits"),
@@ -152,6 +154,9 @@ OVERRIDES = [
     ("data.cache=https://user:hunter2@host/x", "data.cache looks like a secret"),
     ("name=hf_" + "aB3" * 10, "name looks like a secret"),
     ("optimizer.lr=sk-" + "aB3" * 10, "optimizer.lr = (a secret, not shown) (text), needs a number"),
+    ("telemetry.wandb_api_key=hunter2", "'wandb_api_key' in telemetry looks like the key of a secret: keep it in the"),
+    ("HF_TOKEN=hunter2", "'HF_TOKEN' in the top level looks like the key of a secret"),
+    ("data.password=hunter2", "'password' in data looks like the key of a secret"),
 ]
 
 

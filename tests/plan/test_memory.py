@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megagrok.config import ModelConfig, ParallelConfig, load_config, load_model_config
-from megagrok.plan import describe_run, params_by_part, state_bytes, total_params
+from megagrok.plan import check, describe_run, params_by_part, state_bytes, total_params, with_setting
 from megagrok.plan.memory import stage_params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,3 +64,20 @@ def test_the_pretraining_recipe_fits_its_gpus_and_its_tokens() -> None:
     assert config.schedule.decay_steps * config.train.global_batch * config.train.seq_len == pytest.approx(
         0.32 * 15e12, rel=1e-3
     )
+
+
+def test_a_run_is_refused_exactly_where_its_state_alone_outgrows_the_device() -> None:
+    config = load_config(CONFIGS / "run" / "pretrain-286b.yaml").config
+    fullest = max(stage.total for stage in describe_run(config).rank_bytes)
+    assert check(config, memory_bytes=fullest) == []
+    (problem,) = check(config, memory_bytes=fullest - 1)
+    assert "stage 7 holds 31.9 GiB before activations" in problem.text
+    assert problem.fixes
+    for fix in problem.fixes:
+        assert check(with_setting(config, fix.key, fix.value), memory_bytes=fullest - 1) == []
+
+
+def test_memory_is_looked_at_only_if_the_layout_can_be() -> None:
+    config = load_config(CONFIGS / "run" / "pretrain-286b.yaml").config
+    (problem,) = check(with_setting(config, "model.num_layers", 61), memory_bytes=1)
+    assert problem.key == "model.num_layers"
