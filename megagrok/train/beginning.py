@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional, TypeAlias
 
 from megagrok.checkpoint import Checkpoint, Fence, find_checkpoint
-from megagrok.config import RunConfig, to_dict
+from megagrok.config import RunConfig, from_dict, to_dict
 from megagrok.data.prepare import PreparedData, prepare
 from megagrok.errors import CheckpointError, DataError, MegagrokError
 from megagrok.parallel.beats import Beats
@@ -111,7 +111,9 @@ def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig, accept_data_
             f"{checkpoint.path} has more steps behind it than train.steps = {run.train.steps}. "
             f"Fix: train.steps={checkpoint.step} or more, or give the new run another name (name=...)."
         )
-    saved, wanted = _flatten(checkpoint.facts["config"]), _flatten(to_dict(run))
+    # Decoded, so that a setting which is younger than the checkpoint has its default there.
+    before = from_dict(checkpoint.facts["config"], source=str(checkpoint.path))  # type: ignore[arg-type]  # it checks
+    saved, wanted = _flatten(to_dict(before)), _flatten(to_dict(run))
     differences = [
         f"{key}: the checkpoint has {saved.get(key)}, the configuration {wanted.get(key)}"
         for key in sorted({*saved, *wanted})
