@@ -84,15 +84,18 @@ class Watch:
         late = [beat for beat in beats if beat.rank in pids and now - beat.at > self.limits[beat.phase]]
         if not late:
             return None
-        stacks = self._ask_for_stacks(pids)
-        suspects = [beat for beat in beats if beat.rank in pids and not _is_waiting(pids[beat.rank], stacks[beat.rank])]
+        stopped = {rank for rank, pid in pids.items() if _is_stopped(pid)}
+        stacks = self._ask_for_stacks(pids, stopped)
+        # A process that was stopped waits for nobody, wherever it stands.
+        suspects = [beat for beat in beats if beat.rank in stopped]
+        suspects = suspects or [beat for beat in beats if beat.rank in pids and not _waits(stacks[beat.rank])]
         silence = max(now - beat.at - self.limits[beat.phase] for beat in late)
         if not suspects and not self.is_alone and silence < _GRACE_SECONDS:
             return None
-        return self._finding(late, suspects, stacks, pids, now)
+        return self._finding(late, suspects, stacks, stopped, now)
 
     def _finding(
-        self, late: list[Beat], suspects: list[Beat], stacks: Mapping[int, str], pids: Mapping[int, int], now: float
+        self, late: list[Beat], suspects: list[Beat], stacks: Mapping[int, str], stopped: set[int], now: float
     ) -> Hang:
         # The furthest behind; of equals the one that fell silent first.
         first = min(suspects or late, key=lambda beat: (beat.step, beat.beats, beat.at))
@@ -101,37 +104,35 @@ class Watch:
             f"rank {first.rank} hangs in {doing}: no sign of life for {now - first.at:.1f} s, "
             f"{self.limits[first.phase]:g} s are allowed in this phase (watch.{first.phase}_seconds)"
         )
-        if _is_stopped(pids[first.rank]):
+        if first.rank in stopped:
             text += "; its process has been stopped by a signal"
         if not suspects:
             text = (
                 f"no sign of life from {len(late)} rank(s) for {now - first.at:.1f} s in {doing}: all of this node "
                 "wait for a peer" + ("" if self.is_alone else " on another node")
             )
-        elif len(pids) > 1:
-            text += f"; {len(pids) - len(suspects)} of {len(pids)} ranks here wait for a peer"
+        elif len(stacks) > 1:
+            text += f"; {len(stacks) - len(suspects)} of {len(stacks)} ranks here wait for a peer"
         whole = "\n".join(f"rank {rank}\n{stack}" for rank, stack in sorted(stacks.items()))
         blamed = first.rank if suspects or self.is_alone else None
         return Hang(blamed, first, text, whole)
 
-    def _ask_for_stacks(self, pids: Mapping[int, int]) -> dict[int, str]:
-        before = {rank: _size(self.stack_file(rank)) for rank in pids}
-        stopped = {rank for rank, pid in pids.items() if _is_stopped(pid)}
-        for rank, pid in pids.items():
-            _kill(pid, STACK_SIGNAL)
-            if rank in stopped:
-                # It takes the signal when it goes on, before anything else, and is stopped again.
-                _kill(pid, signal.SIGCONT)
-        deadline = time.monotonic() + _STACK_SECONDS
-        while time.monotonic() < deadline and any(_size(self.stack_file(rank)) == before[rank] for rank in pids):
+    def _ask_for_stacks(self, pids: Mapping[int, int], stopped: set[int]) -> dict[int, str]:
+        stacks: dict[int, str] = {}
+        # Those that were stopped come last: going on, they would free the others before these are asked.
+        for asked in (pids.keys() - stopped, stopped):
+            before = {rank: _size(self.stack_file(rank)) for rank in asked}
+            for rank in asked:
+                _kill(pids[rank], STACK_SIGNAL)
+                if rank in stopped:
+                    _kill(pids[rank], signal.SIGCONT)
+            deadline = time.monotonic() + _STACK_SECONDS
+            while time.monotonic() < deadline and any(_size(self.stack_file(rank)) == before[rank] for rank in asked):
+                time.sleep(0.02)
             time.sleep(0.05)
-        time.sleep(0.05)
-        for rank in stopped:
-            _kill(pids[rank], signal.SIGSTOP)
-        stacks = {}
-        for rank in pids:
-            text = self.stack_file(rank).read_bytes()[before[rank] :].decode("utf-8", "replace")
-            stacks[rank] = text or "  (it did not answer: blocked in the kernel, or not yet started)\n"
+            for rank in asked:
+                text = self.stack_file(rank).read_bytes()[before[rank] :].decode("utf-8", "replace")
+                stacks[rank] = text or "  (it did not answer: blocked in the kernel, or not yet started)\n"
         return stacks
 
     def _name_laggards(self, beats: list[Beat]) -> None:
@@ -158,13 +159,11 @@ class Watch:
             )
 
 
-def _is_waiting(pid: int, stack: str) -> bool:
-    """Whether the stack's newest frame waits for another rank. A process that was stopped waits for nobody."""
-    if _is_stopped(pid):
-        return False
-    # faulthandler prints the thread that took the signal first to last; Linux gives it to the main thread.
-    _, _, current = stack.partition("Current thread")
-    frame = _FRAME.search(current.split("\n\n")[0])
+def _waits(stack: str) -> bool:
+    """Whether the stack's newest frame waits for another rank."""
+    # faulthandler prints the newest thread first, so the main thread comes last.
+    _, _, main = stack.rpartition("(most recent call first):")
+    frame = _FRAME.search(main)
     return frame is not None and is_waiting_at(frame["file"], int(frame["line"]))
 
 

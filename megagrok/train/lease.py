@@ -2,7 +2,7 @@
 
 Every start takes the next *generation*. A writer that was thought dead (its node was cut off, say) finds a later one on
 the lease when it wants to commit, and stops; what it stages carries its own generation and is in nobody's way. The
-lease itself is changed under a file lock that is held for a moment only: a lock held for the life of a run would outlive
+lease itself is changed under a file lock, held for a moment only: a lock held for the life of a run would outlive
 a node on some file systems, and be nothing on others.
 """
 
