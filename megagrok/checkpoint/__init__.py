@@ -8,8 +8,8 @@ The digests find rot and mix-ups; they do not prove who wrote the files.
 
 from megagrok.checkpoint.fence import Fence
 from megagrok.checkpoint.fragment import Fragment
-from megagrok.checkpoint.load import Checkpoint, find_checkpoint, list_steps
-from megagrok.checkpoint.save import save_checkpoint
+from megagrok.checkpoint.load import Checkpoint, find_checkpoint, list_steps, require_one_run
+from megagrok.checkpoint.save import save_checkpoint, take_over
 from megagrok.checkpoint.saver import AsyncSaver, Outcome
 from megagrok.checkpoint.verify import verify_checkpoint
 
@@ -21,6 +21,8 @@ __all__ = [
     "Outcome",
     "find_checkpoint",
     "list_steps",
+    "require_one_run",
     "save_checkpoint",
+    "take_over",
     "verify_checkpoint",
 ]

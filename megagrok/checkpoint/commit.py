@@ -33,6 +33,14 @@ _OPEN, _MIDDLE, _CLOSE = b'{"digest":"', b'","commit":', b"}\n"
 _BODY_BEGIN = len(_OPEN) + 32 + len(_MIDDLE)
 
 
+class NewerFormat(CheckpointError):
+    """Sound as far as can be told, and of a format that this build does not know."""
+
+
+class _NewerNumber(ValueError):
+    """The page says so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One fragment where it lies in a file."""
@@ -133,6 +141,8 @@ def read_commit(folder: Path) -> tuple[Commit, str]:
     try:
         value: JSON = json.loads(body, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         commit = commit_from_json(value)
+    except _NewerNumber as error:
+        raise NewerFormat(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if step_of(folder.name.split(".")[0]) not in (commit.step, None):
@@ -166,6 +176,10 @@ def _refuse_constant(name: str) -> JSON:
 def commit_from_json(value: JSON) -> Commit:
     """From JSON to types. Raises ValueError for any other form, a gap, an overlap, or an impossible number."""
     seen = value.get("format") if isinstance(value, dict) else None
+    if type(seen) is int and seen > FORMAT:
+        raise _NewerNumber(
+            f"format {str(seen)[:20]}, this build reads {FORMAT}: use the build that wrote it, or a newer one"
+        )
     if not isinstance(value, dict) or type(seen) is not int or seen != FORMAT:
         raise ValueError(f"format {seen!r}, this build reads {FORMAT}")
     page = _fields(value, "format", "step", "facts", "tensors", "files")

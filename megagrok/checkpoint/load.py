@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
-from megagrok.checkpoint.commit import Commit, Entry, ShardFile, digest_of, read_commit, step_name
+from megagrok.checkpoint.commit import Commit, Entry, NewerFormat, ShardFile, digest_of, read_commit, step_name
 from megagrok.checkpoint.disk import open_file, read_range
+from megagrok.checkpoint.foreign import foreign_file
 from megagrok.checkpoint.fragment import DTYPES
 from megagrok.checkpoint.geometry import Box, Index, intersect, slices
 from megagrok.checkpoint.retention import ASIDE, is_complete, steps_under
@@ -129,6 +130,23 @@ def list_steps(root: Path) -> list[int]:
     return [step for step in steps_under(root) if is_complete(root / step_name(step))]
 
 
+def require_one_run(root: Path) -> None:
+    """Raise CheckpointError if the checkpoints under `root` are of several runs; damaged ones say nothing. Local."""
+    steps: dict[str, list[int]] = defaultdict(list)
+    for step in steps_under(root):
+        try:
+            commit, _ = read_commit(root / step_name(step))
+        except CheckpointError:
+            continue
+        steps[str(commit.facts.get("run_id"))].append(step)
+    if len(steps) > 1:
+        found = "; ".join(f"steps {_list(of_one)} of run {run_id}" for run_id, of_one in steps.items())
+        raise CheckpointError(
+            f"{root} holds checkpoints of {len(steps)} runs: {found}. Move those of one away, or give the new run "
+            "another name (name=...)."
+        )
+
+
 def find_checkpoint(
     root: Path, *, ranks: Ranks, step: int | None = None, verify: Literal["sizes", "digests"] = "digests"
 ) -> Checkpoint | None:
@@ -158,7 +176,18 @@ def find_checkpoint(
         )
     if skipped:
         raise CheckpointError(f"{root}: none of {len(skipped)} checkpoints is sound: {'; '.join(skipped)}")
+    _refuse_foreign(root, ranks)
     return None
+
+
+def _refuse_foreign(root: Path, ranks: Ranks) -> None:
+    """Where there is nothing of ours: a checkpoint of another program must not be taken for a folder that is empty."""
+    for rank, path in enumerate(ranks.gather(foreign_file(root))):
+        if path is not None:
+            raise CheckpointError(
+                f"rank {rank}: {path} is a checkpoint of another program: pickle checkpoints are not loaded, for a "
+                "pickle runs code when it is read. Move it away, or give the run another name (name=...)."
+            )
 
 
 def _agree_on_folders(root: Path, ranks: Ranks) -> dict[int, str]:
@@ -182,19 +211,25 @@ def _agree_on_folders(root: Path, ranks: Ranks) -> dict[int, str]:
 def _examine(folder: Path, ranks: Ranks, verify: Literal["sizes", "digests"]) -> tuple[Commit | None, str | None]:
     """This rank's view of the commit, and what any rank found wrong with the checkpoint; collective."""
     commit: Commit | None = None
-    digest = ""
+    digest, is_newer = "", False
     try:
         commit, digest = read_commit(folder)
         problems = size_problems(folder, commit)
         if not problems and verify == "digests":
             problems = digest_problems(folder, commit.files[ranks.rank :: ranks.world_size])
     except CheckpointError as error:
-        problems = [str(error)]
+        problems, is_newer = [str(error)], isinstance(error, NewerFormat)
+        foreign = foreign_file(folder)
+        if foreign is not None:
+            problems.append(f"{foreign}: pickle checkpoints are not loaded")
     found: list[str] = []
     digests = set()
-    report: JSON = {"problems": list(problems[:3]), "digest": digest}
+    report: JSON = {"problems": list(problems[:3]), "digest": digest, "is_newer": is_newer}
     for rank, other in enumerate(ranks.gather(report)):
         assert isinstance(other, dict) and isinstance(other["problems"], list)
+        if other["is_newer"]:
+            # Not damage: falling back would throw away what a newer build has done.
+            raise CheckpointError(f"rank {rank}: {other['problems'][0]}")
         digests.add(other["digest"])
         found += [f"rank {rank}: {problem}" for problem in other["problems"]]
     if not found and len(digests) > 1:

@@ -102,6 +102,18 @@ def save_checkpoint(
     return save_through(save, fragments).path
 
 
+def take_over(root: Path, fence: Fence) -> None:
+    """Clear what earlier starts of the run left unfinished under `root`; what of them still lives can commit nothing.
+
+    One process of a new start calls it, before anything is loaded. Raises CheckpointError.
+    """
+    try:
+        if root.exists():
+            clear_unfinished(Disk(), root, fence)
+    except OSError as error:
+        raise disk_failure(root, error) from error
+
+
 def save_through(save: Save, fragments: Iterable[Fragment], *, are_private: bool = False) -> Saved:
     """`save_checkpoint` with the file system given, so that tests can stop it anywhere.
 

@@ -64,6 +64,10 @@ class Progress:
         text = f"{self._place(record.step)}  held-out loss {record.loss:.4f}  perplexity {record.perplexity:,.2f}"
         self._print(text)
 
+    def say(self, text: str) -> None:
+        """Show a line, always."""
+        self._print(text)
+
     def close(self) -> None:
         """Leave the bar as it is and the cursor below it."""
         if self._bar is not None:

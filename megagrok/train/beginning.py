@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional, TypeAlias
 
-from megagrok.checkpoint import Checkpoint, Fence, find_checkpoint
+from megagrok.checkpoint import Checkpoint, Fence, find_checkpoint, require_one_run
 from megagrok.config import RunConfig, from_dict, to_dict
 from megagrok.data.prepare import PreparedData, prepare
 from megagrok.errors import CheckpointError, DataError, MegagrokError
@@ -17,6 +17,7 @@ from megagrok.parallel.ranks import Alone, Ranks
 from megagrok.parallel.watch import phase_limits
 from megagrok.train.files import RunFiles
 from megagrok.train.folder import write_run_files
+from megagrok.train.room import require_room
 
 if TYPE_CHECKING:
     from megagrok.engine.engine import Engine
@@ -94,9 +95,14 @@ def on_rank_0(ranks: Ranks, work: Callable[[], object]) -> None:
 
 
 def take_up(run: RunConfig, files: RunFiles, prepared: PreparedData, request: Request) -> None:
-    """Make sure that the run can go on from what its folder holds, and leave there what later commands need. One
-    process calls it, with the folder in its hold. Raises CheckpointError."""
+    """Make sure that the run can go on from what its folder holds, and leave there what later commands need.
+
+    One process calls it, with the folder in its hold. Raises CheckpointError, and MachineError if there is no room for
+    checkpoints.
+    """
+    require_room(run, files.checkpoints)
     checkpoint = find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes")
+    require_one_run(files.checkpoints)
     _check_resumable(checkpoint, run, request.accept_data_change)
     write_run_files(run, files, prepared)
 

@@ -1,17 +1,12 @@
-"""What watches the steps: records, held-out loss, checkpoints. Each is made by `start.py` with what it needs."""
+"""What watches the steps: records and held-out loss. (Checkpoints: saving.py.)"""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-import torch
-
-from megagrok.checkpoint import save_checkpoint
-from megagrok.config import RunConfig, to_dict
-from megagrok.data.batches import Batch, TrainBatches, held_out_batches
+from megagrok.config import RunConfig
+from megagrok.data.batches import Batch, held_out_batches
 from megagrok.data.prepare import PreparedData
 from megagrok.engine.engine import Engine
 from megagrok.parallel.beats import Pulse
-from megagrok.parallel.ranks import JSON, Ranks
 from megagrok.plan import training_flops_per_token
 from megagrok.telemetry.expert_load import expert_shares
 from megagrok.telemetry.metrics_file import MetricsFile
@@ -36,6 +31,10 @@ class Journal:
             self.progress.step(record)
         else:
             self.progress.evaluation(record)
+
+    def say(self, text: str) -> None:
+        """Show a line to whoever watches; it is in no record."""
+        self.progress.say(text)
 
     def close(self) -> None:
         """Hand over what is left; also after an error."""
@@ -125,41 +124,3 @@ class Evaluate:
             data_rank=self._data_rank,
             data_size=parallel.data,
         )
-
-
-class Save:
-    """A checkpoint every `checkpoint.every_steps` and at the end."""
-
-    def __init__(
-        self, run: RunConfig, run_id: str, root: Path, engine: Engine, data: TrainBatches, ranks: Ranks
-    ) -> None:
-        self._run, self._run_id, self._root = run, run_id, root
-        self._engine, self._data, self._ranks = engine, data, ranks
-        self.last_saved: int | None = None
-
-    def after_step(self, result: StepResult) -> None:
-        """Collective in the steps where it saves."""
-        if result.step % self._run.checkpoint.every_steps == 0 or result.step == self._run.train.steps:
-            self.save(result.step)
-
-    def save(self, step: int) -> None:
-        """Write the state after `step` updates, unless it is there. Collective; raises CheckpointError on all ranks."""
-        if self.last_saved == step:
-            return
-        save_checkpoint(
-            self._root,
-            step,
-            self._engine.state_fragments(),
-            self._facts(),
-            ranks=self._ranks,
-            keep=self._run.checkpoint.keep,
-        )
-        self.last_saved = step
-
-    def _facts(self) -> dict[str, JSON]:
-        return {
-            "run_id": self._run_id,
-            "config": to_dict(self._run),
-            "data": self._data.state_dict(),
-            "torch": torch.__version__,
-        }

@@ -2,17 +2,19 @@
 
 import sys
 import uuid
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from megagrok.checkpoint import Checkpoint, find_checkpoint
+from megagrok.checkpoint import AsyncSaver, Checkpoint, find_checkpoint, take_over
 from megagrok.config import RunConfig, to_dict
 from megagrok.data.batches import TrainBatches
 from megagrok.data.prepare import PreparedData
 from megagrok.engine.engine import build_engine
 from megagrok.parallel.groups import make_groups
-from megagrok.parallel.ranks import ProcessGroupRanks, Ranks
+from megagrok.parallel.ranks import JSON, ProcessGroupRanks, Ranks
 from megagrok.parallel.topology import Topology
 from megagrok.parallel.watch import frame_waits
 from megagrok.platform import Platform, peak_flops_per_second
@@ -20,11 +22,15 @@ from megagrok.telemetry.metrics_file import open_metrics
 from megagrok.telemetry.progress import Progress
 from megagrok.telemetry.tracker import make_tracker
 from megagrok.train.account import Account
-from megagrok.train.beginning import Start
+from megagrok.train.beginning import Start, on_rank_0
 from megagrok.train.files import RunFiles
-from megagrok.train.hooks import Evaluate, Journal, Log, Save
+from megagrok.train.hooks import Evaluate, Journal, Log
+from megagrok.train.saving import Save
 from megagrok.train.stop import Preempted, listen_for_stop
 from megagrok.train.trainer import Hook, Trainer
+
+# What a write that is under way gets when the run ends by an error.
+_GRACE_SECONDS = 60.0
 
 
 def train_rank(
@@ -59,6 +65,7 @@ def train_rank(
             data_size=run.parallel.data,
         )
         pulse.enter("load", 0)
+        on_rank_0(ranks, lambda: take_over(files.checkpoints, start.fence))
         checkpoint = find_checkpoint(files.checkpoints, ranks=ranks)
         data_before: str | None = None
         if checkpoint is not None:
@@ -70,9 +77,12 @@ def train_rank(
         account.begin(done)
         if data_before is not None:
             account.change_data(done, data_before)
+        saver = _make_saver(run, files, start)
         journal = _open_journal(run, files, checkpoint) if ranks.rank == 0 else None
         try:
-            save = Save(run, _run_id(checkpoint, ranks), files.checkpoints, engine, data, ranks)
+            facts = partial(_facts, run, _run_id(checkpoint, ranks), data, start.generation)
+            say = (lambda text: None) if journal is None else journal.say
+            save = Save(run, saver, engine, facts, ranks, pulse, say, None if checkpoint is None else done)
             evaluate = Evaluate(run, engine, prepared, journal, data_rank, pulse)
             log = Log(run, journal, _peak_of_all_ranks(run, platform))
             if done == 0:
@@ -81,12 +91,14 @@ def train_rank(
             inject = start.request.inject
             trainer = Trainer(run, files, engine, data, account, hooks, ranks, platform, pulse, inject)
             last = trainer.train(done, stop)
+            save.ensure(last)
             if last < run.train.steps:
-                save.save(last)
                 if ranks.rank == 0:
                     print(f"stopped; step {last} is saved. Go on with: {files.resume_command()}", file=sys.stderr)
                 raise Preempted()
         finally:
+            # After an error: what is nearly saved is worth a moment.
+            saver.abandon(_GRACE_SECONDS)
             if journal is not None:
                 journal.close()
             account.close()
@@ -95,6 +107,23 @@ def train_rank(
 def _run_id(checkpoint: Checkpoint | None, ranks: Ranks) -> str:
     """The name that all checkpoints of a run carry; a resumed run keeps it. Collective for a new run."""
     return str(ranks.gather(uuid.uuid4().hex)[0]) if checkpoint is None else str(checkpoint.facts["run_id"])
+
+
+def _facts(run: RunConfig, run_id: str, data: TrainBatches, generation: int) -> dict[str, JSON]:
+    """What a checkpoint holds beside tensors."""
+    return {
+        "run_id": run_id,
+        "generation": generation,
+        "config": to_dict(run),
+        "data": data.state_dict(),
+        "torch": torch.__version__,
+    }
+
+
+def _make_saver(run: RunConfig, files: RunFiles, start: Start) -> AsyncSaver:
+    """The writer of this rank, with a process group that the run does not use. Collective."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=start.timeout_seconds))
+    return AsyncSaver(files.checkpoints, ranks=ProcessGroupRanks(group), keep=run.checkpoint.keep, fence=start.fence)
 
 
 def _open_journal(run: RunConfig, files: RunFiles, checkpoint: Checkpoint | None) -> Journal:

@@ -226,7 +226,7 @@ def read_one_file_as_two(page: dict[str, Any]) -> None:
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "newer format": lambda page: page.update(format=7),
+    "older format": lambda page: page.update(format=0),
     "format of another type": lambda page: page.update(format=True),
     "unknown key": lambda page: page.update(run=1),
     "missing key": lambda page: page.pop("facts"),
@@ -306,6 +306,18 @@ def test_a_commit_that_is_no_json_object_of_ours_is_refused(
     write_signed(copy / "step-00000030", body)
     with pytest.raises(CheckpointError, match="COMMIT.json"):
         find(copy, step=30)
+
+
+def test_a_newer_format_is_refused_and_not_fallen_back_from(
+    sound: tuple[Path, dict[int, Tensors]], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(sound[0], copy)
+    resign(copy / "step-00000030", lambda page: page.update(format=7, more={"x": 1}))
+    for step in (None, 30):
+        with pytest.raises(CheckpointError, match=r"step-00000030/COMMIT.json: format 7, this build reads 1"):
+            find_checkpoint(copy, ranks=Alone(), step=step)
+    assert find(copy, step=20).step == 20
 
 
 def test_a_key_that_appears_twice_is_refused(sound: tuple[Path, dict[int, Tensors]], tmp_path: Path) -> None:

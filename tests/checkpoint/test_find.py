@@ -1,11 +1,19 @@
 """All ranks go on from one step, whatever each of them sees; None means that there was never anything."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from megagrok.checkpoint import Checkpoint, find_checkpoint, list_steps, save_checkpoint, verify_checkpoint
+from megagrok.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_steps,
+    require_one_run,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from megagrok.errors import CheckpointError
 from megagrok.parallel.ranks import Alone, Ranks
 from tests.checkpoint.worlds import (
@@ -18,6 +26,7 @@ from tests.checkpoint.worlds import (
     run_world,
     same_tensors,
     save_steps,
+    save_world,
 )
 from tests.ranks import run_ranks
 
@@ -116,6 +125,47 @@ def test_a_stranger_in_the_folder_is_reported_and_does_no_harm(tmp_path: Path) -
     stranger.write_bytes(b"x")
     assert verify_checkpoint(tmp_path / "step-00000001") == [f"{stranger}: is not in COMMIT.json"]
     assert find(tmp_path).step == 1
+
+
+FOREIGN = {
+    "torch.distributed.checkpoint": "iter_0000010/.metadata",
+    "one of its files": "__0_0.distcp",
+    "megatron": "latest_checkpointed_iteration.txt",
+    "deepspeed": "global_step10/mp_rank_00_model_states.pt",
+    "transformers": "pytorch_model.bin",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_checkpoint_of_another_program_is_no_empty_folder_and_is_never_opened(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "run"
+    path = root / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    outcomes = find_on_each([root, root])
+    assert all(isinstance(outcome, CheckpointError) for outcome in outcomes) and len(set(map(str, outcomes))) == 1
+    assert f"{path} is a checkpoint of another program: pickle checkpoints are not loaded" in str(outcomes[0])
+    save_steps(root, [1])
+    assert find(root).step == 1
+
+
+def test_a_step_whose_files_are_another_programs_is_passed_over_in_plain_words(tmp_path: Path) -> None:
+    save_steps(tmp_path, [1])
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002" / "model.pt").write_bytes(b"\x80\x04.")
+    found = find(tmp_path)
+    assert found.step == 1 and "step-00000002/model.pt: pickle checkpoints are not loaded" in found.skipped[0]
+
+
+def test_checkpoints_of_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    for step, run_id in ((1, "a1f"), (2, "a1f"), (3, "b2e")):
+        all_ranks(save_world(tmp_path, step, make_layout(make_tensors(1), 1, 1), keep=9, facts={"run_id": run_id}))
+    with pytest.raises(CheckpointError, match="2 runs: steps 3 of run b2e; steps 2, 1 of run a1f"):
+        require_one_run(tmp_path)
+    damaged = tmp_path / "step-00000003" / "COMMIT.json"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    require_one_run(tmp_path)
+    require_one_run(tmp_path / "none")
 
 
 def save_and_read(ranks: Ranks, root: Path) -> tuple[int, Tensors, str]:
