@@ -6,7 +6,10 @@ Every rank has one, so that the trainer asks no questions; the one rank of each 
 
 import sys
 
+from megagrok.checkpoint import list_steps
+from megagrok.checkpoint.commit import read_commit, step_name
 from megagrok.config import RunConfig
+from megagrok.data.audit import Audit, audit
 from megagrok.data.batches import Batch, TrainBatches
 from megagrok.data.ledger import (
     Action,
@@ -106,6 +109,20 @@ class Account:
         if self._ledger is not None:
             self._ledger.sync()
             self._ledger.close()
+
+
+def audit_run(files: RunFiles) -> Audit:
+    """What a run's ledger proves of its samples, held against the positions of its checkpoints. One process calls it.
+
+    Raises DataError if there is no ledger.
+    """
+    steps = list_steps(files.checkpoints) if files.checkpoints.exists() else []
+    saved = {}
+    for step in steps:
+        position = read_commit(files.checkpoints / step_name(step))[0].facts["data"]
+        assert isinstance(position, dict)
+        saved[step] = int(str(position["consumed_samples"]))
+    return audit(files.ledger, saved)
 
 
 def _say(text: str) -> None:

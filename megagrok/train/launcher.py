@@ -157,7 +157,7 @@ def _prepare(run: RunConfig, launchers: Ranks, stop: StopRequest) -> PreparedDat
         if launchers.rank == 0:
             with hold_signals():
                 ahead.start()
-        _import_trainer()
+        import_trainer()
         # A stop that came inside a callback of the imports was swallowed there; its flag was not.
         while launchers.rank == 0 and ahead.is_alive():
             stop.check()
@@ -170,7 +170,7 @@ def _prepare(run: RunConfig, launchers: Ranks, stop: StopRequest) -> PreparedDat
     return prepared_data(run)
 
 
-def _import_trainer() -> None:
+def import_trainer() -> None:
     """What ranks and report need: imported once, here, and shared by all that is forked."""
     import megagrok.train.finish
     import megagrok.train.worker  # noqa: F401
