@@ -7,6 +7,7 @@ a login node without torch. Settings follow the file as key=value, before or aft
 import argparse
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,16 +137,9 @@ def _train(loaded: Loaded, files: RunFiles, options: argparse.Namespace) -> int:
 
 def run_audit_data(options: argparse.Namespace) -> int:
     """Prove from a run's ledger that every sample was used exactly once, or name what was not; 3 then."""
-    from megagrok.checkpoint import list_steps
-    from megagrok.checkpoint.commit import read_commit, step_name
-    from megagrok.data.audit import audit
+    from megagrok.train.account import audit_run
 
-    files = RunFiles(options.run)
-    saved = {}
-    for step in list_steps(files.checkpoints) if files.checkpoints.exists() else []:
-        position = read_commit(files.checkpoints / step_name(step))[0].facts["data"]
-        saved[step] = int(position["consumed_samples"])  # type: ignore[index, call-overload, arg-type]  # as saved
-    found = audit(files.ledger, saved)
+    found = audit_run(RunFiles(options.run))
     print(f"{options.run}\n{found.to_text()}")
     return DataError.exit_code if found.problems else 0
 
@@ -204,11 +198,82 @@ def run_slurm_submit(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_slurm_supervise(options: argparse.Namespace) -> int:
+    """Inside a job: start, watch, and decide what comes after."""
+    from megagrok.slurm.supervise import supervise
+
+    return supervise(_submission(options))
+
+
+def run_slurm_preflight(options: argparse.Namespace) -> int:
+    """Inside a step: print what this node is like."""
+    from megagrok.slurm.preflight import answer, look_at_this_node
+
+    print(answer(look_at_this_node(options.probe, options.token)))
+    return 0
+
+
+def run_slurm_status(options: argparse.Namespace) -> int:
+    """Print how a run stands."""
+    from megagrok.slurm.report import status
+
+    print(status(options.run))
+    return 0
+
+
+def run_slurm_logs(options: argparse.Namespace) -> int:
+    """Print the end of a log."""
+    from megagrok.slurm.report import logs
+
+    print(logs(options.run, options.rank), end="")
+    return 0
+
+
+def run_slurm_why(options: argparse.Namespace) -> int:
+    """Print five lines about the end of a run."""
+    from megagrok.slurm.report import why
+
+    print(why(options.run))
+    return 0
+
+
+def run_slurm_cancel(options: argparse.Namespace) -> int:
+    """End a run so that nothing brings it back."""
+    from megagrok.slurm.report import cancel
+
+    print(cancel(options.run))
+    return 0
+
+
 def _submission(options: argparse.Namespace) -> "Submission":
     from megagrok.slurm.environment import cluster_file
     from megagrok.slurm.script import read_submission
 
     return read_submission(options.config, options.overrides, cluster_file(options.cluster))
+
+
+def run_drill(options: argparse.Namespace) -> int:
+    """Hurt a small run in the ways that were asked for; 1 if it does not come out as the untouched one."""
+    from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
+
+    drop_vain_warnings_on_cpu()
+    from megagrok.drill.campaign import Request, drill
+    from megagrok.drill.faults import FAULTS
+    from megagrok.drill.report import line, to_json, to_markdown
+
+    unknown = [name for name in options.faults if name not in (*FAULTS, "all")]
+    if unknown:
+        raise ConfigError(f"drill has no fault {', '.join(unknown)}; it has: {', '.join(FAULTS)}, all")
+    faults = list(FAULTS) if "all" in options.faults else options.faults
+    with tempfile.TemporaryDirectory(prefix="megagrok-drill-") as scratch:
+        folder = Path(scratch) if options.folder is None else options.folder
+        request = Request(faults=faults, rounds=options.rounds, seed=options.seed, folder=folder)
+        trials = drill(request, on_trial=lambda trial: print(line(trial), flush=True))
+        if options.report is not None:
+            options.report.parent.mkdir(parents=True, exist_ok=True)
+            options.report.with_suffix(".md").write_text(to_markdown(request, trials), encoding="utf-8")
+            options.report.with_suffix(".json").write_text(to_json(request, trials), encoding="utf-8")
+    return int(any(trial.problems for trial in trials))
 
 
 def _count(text: str) -> int:
@@ -292,6 +357,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=_count, metavar="N", help="checkpoint to use instead of the newest")
 
 
+def _add_drill(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "faults", nargs="+", metavar="FAULT", help="kill, hang, slow, preempt, node-loss, corrupt, disk-full, nan; all"
+    )
+    parser.add_argument("--rounds", type=_count, default=2, metavar="N", help="how often each fault is injected")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="decides who is hit, and when")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where the runs are kept; a temporary folder if not")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write FILE.md and FILE.json")
+
+
 def _add_verify_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run or of a model")
     _add_overrides(parser)
@@ -318,6 +393,20 @@ def _add_slurm_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, show the script, submit nothing")
 
 
+def _add_slurm_preflight(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("probe", type=Path, metavar="FOLDER", help="folder that the supervisor has made for it")
+    parser.add_argument("token", metavar="TOKEN", help="what the file there has to hold")
+
+
+def _add_slurm_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN|JOB", help="folder of a run, or number of a job")
+
+
+def _add_slurm_logs(parser: argparse.ArgumentParser) -> None:
+    _add_slurm_run(parser)
+    parser.add_argument("--rank", type=int, metavar="N", help="a rank's log of its newest start, not the job's")
+
+
 COMMANDS = {
     "train": Command("Train, or go on training, on this machine or as a rank.", _add_train, run_train),
     "resume": Command("Go on with a run as it was last started.", _add_resume, run_resume),
@@ -328,9 +417,18 @@ COMMANDS = {
     "verify-layout": Command(
         "Prove on CPU ranks that no layout changes the maths of a run's model.", _add_verify_layout, run_verify_layout
     ),
+    "drill": Command("Hurt a small run on purpose, and prove that it lost nothing.", _add_drill, run_drill),
     "explain": Command("What a setting means, and where its value comes from.", _add_explain, run_explain),
     "slurm render": Command("The job script of a run, checked.", _add_slurm_render, run_slurm_render),
     "slurm submit": Command("Check a run and hand it to Slurm.", _add_slurm_submit, run_slurm_submit),
+    "slurm status": Command("How a run stands: queue, step, heartbeat, restarts.", _add_slurm_run, run_slurm_status),
+    "slurm logs": Command("The end of a job's log, or of a rank's.", _add_slurm_logs, run_slurm_logs),
+    "slurm why": Command("Five lines on what ended a run, and what to type next.", _add_slurm_run, run_slurm_why),
+    "slurm cancel": Command("Save, end, and stay ended.", _add_slurm_run, run_slurm_cancel),
+    "slurm supervise": Command("What a job script starts: not for typing.", _add_slurm_config, run_slurm_supervise),
+    "slurm preflight": Command(
+        "What srun starts on each node: not for typing.", _add_slurm_preflight, run_slurm_preflight
+    ),
 }
 
 

@@ -56,3 +56,16 @@ def cluster_file(option: Path | None, variables: Mapping[str, str] = os.environ)
             f"no cluster file: give --cluster FILE, or set {CLUSTER_VARIABLE}. Begin with one of configs/cluster/"
         )
     return Path(variables[CLUSTER_VARIABLE])
+
+
+def node_name(variables: Mapping[str, str] = os.environ) -> str:
+    """What Slurm calls the node of this task. Raises MachineError outside of a step."""
+    try:
+        return variables["SLURMD_NODENAME"]
+    except KeyError as error:
+        raise MachineError("this process is in no step of a Slurm job: srun starts it") from error
+
+
+def gpus_shown(variables: Mapping[str, str] = os.environ) -> int:
+    """GPUs that Slurm gave to this task, by its variables."""
+    return len([device for device in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if device])

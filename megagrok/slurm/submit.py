@@ -11,7 +11,7 @@ from megagrok.config.problems import raise_problems
 from megagrok.errors import MachineError
 from megagrok.slurm.checks import Findings, check_submission
 from megagrok.slurm.environment import environment
-from megagrok.slurm.journal import write_line
+from megagrok.slurm.journal import Value, write_line
 from megagrok.slurm.queue import call
 from megagrok.slurm.script import Submission
 
@@ -50,13 +50,8 @@ def submit_run(submission: Submission, *, is_dry: bool) -> int:
         return 0
     keep_script(submission, findings.script)
     job = hand_in(submission, by="person", exclude=[], after=None)
-    write_line(
-        submission.files,
-        "submitted",
-        f"submitted as job {job}",
-        job=job,
-        facts={"by": "person", "nodes": submission.nodes},
-    )
+    facts: dict[str, Value] = {"by": "person", "command": submit_command(submission)}
+    write_line(submission.files, "submitted", f"submitted as job {job}", job=job, facts=facts)
     root = os.path.relpath(submission.files.root)
     print(f"{submission.run.name}: job {job}, {submission.nodes} nodes, {submission.ranks} ranks.")
     print(f"  status  megagrok slurm status {root}")
@@ -64,6 +59,12 @@ def submit_run(submission: Submission, *, is_dry: bool) -> int:
     print(f"  why     megagrok slurm why {root}")
     print(f"  cancel  megagrok slurm cancel {root}")
     return job
+
+
+def submit_command(submission: Submission) -> list[str]:
+    """What to type to submit the run again, from anywhere."""
+    cluster = ["--cluster", str(submission.cluster_path)]
+    return ["megagrok", "slurm", "submit", *submission.train_arguments, *cluster]
 
 
 def keep_script(submission: Submission, script: str) -> None:
