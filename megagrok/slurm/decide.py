@@ -108,34 +108,42 @@ def _after_death(now: Situation) -> Decision:
     return Decision("successor", EXIT_TRANSIENT, text)
 
 
-def ended_of(attempt: Attempt | None, nodes: Sequence[str], srun_code: int | None) -> Ended:
+def ended_of(attempt: Attempt | None, nodes: Sequence[str], srun_code: int | None, lost: Sequence[str] = ()) -> Ended:
     """What the pages of an attempt say. Not srun: its code is the highest of all nodes', or that of a signal.
 
     nodes: Slurm's names, in the order of the pages.  srun_code: used only if no launcher came so far as to have a page.
+    lost: nodes that Slurm holds for dead, or whose pages stood still; what the others say about that is an echo.
     """
     if attempt is None or not attempt.nodes:
         code = srun_code if srun_code in FINAL_CODES else None
-        return Ended(code, 0, None, (), "", None, None, "no node came so far as to say; see the job's log")
+        text = _silence(lost) if lost else "no node came so far as to say; see the job's log"
+        return Ended(code, 0, None, tuple(lost), " and ".join(lost), None, None, text)
     first, page = _explaining(attempt)
     code = None if first is None else first.exit_code
     by_index = {each.node: each for each in attempt.nodes}
     silent = [index for index in range(len(nodes)) if index not in by_index or by_index[index].ending is None]
     suspects: list[str] = []
     if code is None or code == EXIT_TRANSIENT:
-        if first is not None and page is not None and first.rank is not None:
+        if lost:
+            suspects, silent = list(lost), [index for index, node in enumerate(nodes) if node in lost]
+        elif first is not None and page is not None and first.rank is not None:
             # A rank that raised an error of its own would do so on any node.
             suspects = [_name(nodes, page.node)] if first.is_node_suspect else []
         elif first is not None:
             # Everybody who spoke lost a peer; who did not speak is lost.
             suspects = [_name(nodes, index) for index in silent]
     who, phase, step, message = "", None, None, ""
-    if first is not None and page is not None:
+    if first is not None and page is not None and not lost:
         where = f"rank {first.rank} on {_name(nodes, page.node)}" if first.rank is not None else ""
         who, phase, step, message = where, first.phase, first.step, first.message
     if suspects and not who:
-        who, message = " and ".join(suspects), f"lost: {' and '.join(suspects)} fell silent. {message}".strip()
+        who, message = " and ".join(suspects), f"{_silence(suspects)}. {message}".strip()
         phase, step = _last_seen([by_index[index] for index in silent if index in by_index], phase, step)
     return Ended(code, attempt.furthest_step, attempt.saved_step, tuple(suspects), who, phase, step, message)
+
+
+def _silence(nodes: Sequence[str]) -> str:
+    return f"{' and '.join(nodes)} fell silent"
 
 
 def _explaining(attempt: Attempt) -> tuple[Ending | None, NodePage | None]:

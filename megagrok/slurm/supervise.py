@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Literal
 
@@ -37,10 +38,13 @@ from megagrok.slurm.queue import call, job_state, node_address, node_names
 from megagrok.slurm.script import Submission, render, word_problems
 from megagrok.slurm.step import Step, collect_lines, megagrok_command, srun_command
 from megagrok.slurm.submit import hand_in, keep_script, submit_command
-from megagrok.train.attempt import Attempt, read_attempts
+from megagrok.train.attempt import Attempt, NodePage, read_attempts
 
 # After the first launcher has failed, the others get this long to notice, tell and leave.
 LINGER_SECONDS = 60.0
+# A page is written every 2 s. Network file systems show it late, and a node may stall for a while.
+SILENT_SECONDS = 120.0
+ASK_SECONDS = 10.0
 _LOOK_SECONDS = 2.0
 # A requeue ends this process; if Slurm is slow, it waits to be ended rather than end first.
 _REQUEUE_SECONDS = 30.0
@@ -122,8 +126,9 @@ class Supervisor:
         command = megagrok_command(self.submission, "train", *self.submission.train_arguments)
         variables = {**self.environment, "MASTER_ADDR": address, "MASTER_PORT": str(port)}
         step = Step.start(srun_command(self.submission, nodes, command), variables)
-        code = step.wait(_Patience(self, step, before).look)
-        ended = ended_of(self._attempt_after(before), nodes, code)
+        patience = Patience(self, step, nodes, before)
+        code = step.wait(patience.look)
+        ended = ended_of(self._attempt_after(before), nodes, code, patience.lost or self._down(nodes))
         self._write_end(ended, before)
         return self._decided(decide(self._situation(ended)))
 
@@ -133,7 +138,8 @@ class Supervisor:
         here = [line for line in lines if line.job == self.job.id and line.restart == self.job.restart]
         failed_here = {node for line in here for node in line.words("suspects")}
         failed_before = {node for line in since_submission(lines) for node in line.words("suspects")}
-        candidates = [node for node in self.nodes if node not in failed_here and not self._is_down(node)]
+        down = self._down(self.nodes)
+        candidates = [node for node in self.nodes if node not in failed_here and node not in down]
         limits = self.submission.cluster.preflight
         token = f"{self.job.id}-{secrets.token_hex(4)}"
         answers: dict[str, NodeFacts] = {}
@@ -177,10 +183,12 @@ class Supervisor:
         )
         return fit
 
-    def _is_down(self, node: str) -> bool:
-        """Whether Slurm holds the node for dead. A step that includes one does not start."""
-        answer = call(["sinfo", "--noheader", f"--nodes={node}", "--format=%t"], environment=self.environment)
-        return any("down" in state or state.endswith("*") for state in answer.out.split())
+    def _down(self, nodes: Sequence[str]) -> list[str]:
+        """The nodes that Slurm holds for dead, or does not hear. A step that includes one does not start."""
+        command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t"]
+        words = [line.split() for line in call(command, environment=self.environment).out.splitlines()]
+        down = {node for node, state in words if "down" in state or state.endswith("*")}
+        return [node for node in nodes if node in down]
 
     def _without_enough(self, fit: list[str]) -> Decision:
         """Preflight has left too few nodes."""
@@ -310,13 +318,16 @@ class Supervisor:
         os.write(2, b"megagrok: Slurm ends the job\n")
 
 
-class _Patience:
-    """How long launchers that are left over are waited for, and the way Slurm's warning takes to them."""
+class Patience:
+    """How long launchers are waited for that are left over, or on a lost node; and how Slurm's warning gets to them."""
 
-    def __init__(self, supervisor: Supervisor, step: Step, before: int) -> None:
-        self._supervisor, self._step, self._before = supervisor, step, before
-        self._looked_at = 0.0
+    def __init__(self, supervisor: Supervisor, step: Step, nodes: Sequence[str], before: int) -> None:
+        self._supervisor, self._step, self._nodes, self._before = supervisor, step, nodes, before
+        self._looked_at = self._asked_at = time.monotonic()
         self._ended_at: float | None = None
+        self._heard: dict[int, tuple[float, float]] = {}
+        self.lost: list[str] = []
+        """Nodes that are gone."""
 
     def look(self) -> bool:
         """Whether the launchers that have not ended will not."""
@@ -326,11 +337,23 @@ class _Patience:
         if now - self._looked_at < _LOOK_SECONDS:
             return False
         self._looked_at = now
-        if self._ended_at is None and self._has_failed(self._supervisor._attempt_after(self._before)):
-            self._ended_at = now
-        return self._ended_at is not None and now - self._ended_at > LINGER_SECONDS
-
-    def _has_failed(self, attempt: Attempt | None) -> bool:
-        """Whether a launcher has ended otherwise than with the run: rank 0 takes its time for the report after that."""
+        attempt = self._supervisor._attempt_after(self._before)
         pages = () if attempt is None else attempt.nodes
-        return any(page.ending is not None and page.ending.exit_code != 0 for page in pages)
+        # Not after a good end: rank 0 takes its time for the report.
+        if self._ended_at is None and any(page.ending is not None and page.ending.exit_code != 0 for page in pages):
+            self._ended_at = now
+        if now - self._asked_at > ASK_SECONDS:
+            self._asked_at = now
+            self.lost = self._supervisor._down(self._nodes) or self._silent(pages, now)
+        return bool(self.lost) or (self._ended_at is not None and now - self._ended_at > LINGER_SECONDS)
+
+    def _silent(self, pages: Sequence[NodePage], now: float) -> list[str]:
+        """Nodes whose page has stood still for long while others are written. Clocks of nodes are not compared."""
+        for page in pages:
+            at, _ = self._heard.get(page.node, (0.0, 0.0))
+            if at != page.at or page.ending is not None:
+                self._heard[page.node] = (page.at, now)
+        ages = {node: now - heard for node, (_, heard) in self._heard.items()}
+        if min(ages.values(), default=0.0) > ASK_SECONDS:
+            return []  # nobody writes: that is the file system, or this node
+        return [self._nodes[node] for node, age in ages.items() if age > SILENT_SECONDS and node < len(self._nodes)]

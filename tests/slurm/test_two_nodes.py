@@ -1,0 +1,108 @@
+"""The real trainer on two nodes of a real Slurm: warned, preempted, cut off, and still the run that nobody touched."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megagrok.slurm.journal import read_journal
+from megagrok.train.files import RunFiles
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import CLUSTER, CONFIGS, Desk
+from tests.slurm.test_supervise import OVER, Story, megagrok
+from tests.train.commands import assert_same_run, run, steps_in
+
+STEPS = 40
+RUN = """
+base: {configs}/run/tiny.yaml
+name: law
+model:
+  num_layers: 2
+train:
+  steps: {steps}
+  seq_len: 16
+  global_batch: 4
+  evaluate_every_steps: 10
+  evaluate_samples: 4
+optimizer:
+  eps: 1.0e-5
+parallel:
+  tensor: 2
+  sequence: true
+  data: 2
+  expert: 2
+data:
+  cache: {cache}
+  sources:
+    - kind: python_stdlib
+      max_bytes: 200_000
+  held_out_fraction: 0.1
+checkpoint:
+  every_steps: 5
+  keep: 99
+telemetry:
+  wandb: "off"
+"""
+pytestmark = pytest.mark.slow
+
+
+def wait_for_step(story: Story, step: int, limit_seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + limit_seconds
+    while max(steps_in(story.files), default=0) < step:
+        state = story.cluster.job(story.job)["JobState"]
+        assert time.monotonic() < deadline and state not in OVER, f"{state}\n{story.log()}\n{story.cluster.logs()}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    """The run on this machine, without Slurm."""
+    folder = tmp_path_factory.mktemp("untouched")
+    config = folder / "run.yaml"
+    config.write_text(RUN.format(configs=CONFIGS, steps=STEPS, cache=folder / "cache"), encoding="utf-8")
+    run("train", config, folder=folder)
+    return RunFiles(folder / "runs" / "law")
+
+
+@pytest.fixture
+def story(cluster: Cluster, desk: Desk, untouched: RunFiles) -> Story:
+    """The same run, submitted by one command."""
+    shutil.copytree(untouched.root.parents[1] / "cache", desk.folder / "cache")
+    desk.config.write_text(RUN.format(configs=CONFIGS, steps=STEPS, cache=desk.folder / "cache"), encoding="utf-8")
+    desk.cluster.write_text(CLUSTER + "environment:\n  OMP_NUM_THREADS: 1\n", encoding="utf-8")
+    ran = megagrok(cluster, desk, "slurm", "submit", desk.config)
+    assert ran.status == 0, ran.err
+    return Story(cluster, desk, RunFiles(desk.folder / "runs" / "law"), int(ran.out.split("job ")[1].partition(",")[0]))
+
+
+def test_preempted_cut_off_and_requeued_it_is_the_run_that_nobody_touched(story: Story, untouched: RunFiles) -> None:
+    cluster = story.cluster
+    if not cluster.has_own_nodes:
+        pytest.skip("a node's cable can be pulled only where nodes have namespaces of their own")
+    wait_for_step(story, 6)
+    urgent = int(cluster.output("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "--wrap=sleep 1"))
+    cluster.wait_for(urgent, "COMPLETED", limit_seconds=120)
+    assert story.actions() == ["requeue"], story.log()
+    preempted_at = max(steps_in(story.files))
+    wait_for_step(story, preempted_at + 6)
+    assert cluster.job(story.job)["Restarts"] == "1"
+    cluster.unplug("node2")
+    try:
+        job = cluster.wait_for(story.job, *OVER, limit_seconds=300)
+    finally:
+        cluster.plug("node2")
+    assert job["JobState"] == "COMPLETED", story.log()
+    assert story.actions() == ["requeue", "restart", "done"]
+    *_, last = story.lines("attempt")
+    assert last.words("nodes") == ["node1", "node3"]
+    assert_same_run(story.files, untouched, STEPS)
+    print(*(f"{line.at:.1f} {line.event} {line.text}" for line in read_journal(story.files)), sep="\n")
+
+
+def test_it_runs(story: Story, untouched: RunFiles) -> None:
+    job = story.cluster.wait_for(story.job, *OVER, limit_seconds=240)
+    print(story.log())
+    assert job["JobState"] == "COMPLETED", story.log()
+    assert_same_run(story.files, untouched, STEPS)
