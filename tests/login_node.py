@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,7 @@ def _live(arguments: list[str], folder: Path, environment: Mapping[str, str], no
         os.environ.update(environment)
         sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         sys.dont_write_bytecode = True
+        tempfile.tempdir = None  # asked again, now that TMPDIR may be another
         for number, name in enumerate(("out", "err"), start=1):
             os.dup2(os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)

@@ -12,6 +12,7 @@ other keys change type, and cannot say which line was bad.
 import codecs
 import glob
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,19 +70,21 @@ def read_parquet_files(files: Sequence[Path], text_field: str) -> Iterator[Docum
 
     for path in files:
         _check_parquet(path, text_field)
-        rows = iter(Dataset.from_parquet(glob.escape(str(path)), streaming=True, columns=[text_field]))
-        number = 0
-        while True:
-            try:
-                row = next(rows, None)
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise DataError(f"{path} after row {number:,}: damaged ({_first_line(error)})") from error
-            if row is None:
-                break
-            number += 1
-            if row[text_field] is None:
-                raise DataError(f"{path} row {number:,}: {text_field!r} is null, needs text")
-            yield Document(row[text_field], f"{path} row {number:,}")
+        with _scratch() as cache:
+            pattern = glob.escape(str(path))
+            rows = iter(Dataset.from_parquet(pattern, streaming=True, columns=[text_field], cache_dir=cache))
+            number = 0
+            while True:
+                try:
+                    row = next(rows, None)
+                except (pyarrow.ArrowInvalid, OSError) as error:
+                    raise DataError(f"{path} after row {number:,}: damaged ({_first_line(error)})") from error
+                if row is None:
+                    break
+                number += 1
+                if row[text_field] is None:
+                    raise DataError(f"{path} row {number:,}: {text_field!r} is null, needs text")
+                yield Document(row[text_field], f"{path} row {number:,}")
 
 
 def _stream_text(files: Sequence[Path], *, sample_by: str) -> Iterator[str]:
@@ -90,8 +93,16 @@ def _stream_text(files: Sequence[Path], *, sample_by: str) -> Iterator[str]:
 
     # datasets takes every path for a pattern, and finds nothing for one that holds a bracket.
     patterns = [glob.escape(str(path)) for path in files]
-    stream = Dataset.from_text(patterns, streaming=True, sample_by=sample_by, encoding="utf-8-sig")
-    return (row["text"] for row in stream)
+    with _scratch() as cache:
+        stream = Dataset.from_text(
+            patterns, streaming=True, sample_by=sample_by, encoding="utf-8-sig", cache_dir=cache
+        )
+        yield from (row["text"] for row in stream)
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Where datasets may put its locks, even for a stream: by default below the home, which nodes may not let write."""
+    return tempfile.TemporaryDirectory(prefix="megagrok-datasets-")
 
 
 def _text_of_line(line: str, text_field: str, place: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Optional, TypeAlias
 
 from megagrok.checkpoint import Checkpoint, Fence, find_checkpoint, require_one_run
 from megagrok.config import RunConfig, from_dict, to_dict
+from megagrok.data.batches import TrainBatches
 from megagrok.data.prepare import PreparedData, prepare
 from megagrok.errors import CheckpointError, DataError, MegagrokError
 from megagrok.parallel.beats import Beats
@@ -104,6 +105,8 @@ def take_up(run: RunConfig, files: RunFiles, prepared: PreparedData, request: Re
     checkpoint = find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes")
     require_one_run(files.checkpoints)
     _check_resumable(checkpoint, run, request.accept_data_change)
+    if checkpoint is not None:
+        _check_position(checkpoint, run, prepared, request.accept_data_change)
     write_run_files(run, files, prepared)
 
 
@@ -133,6 +136,16 @@ def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig, accept_data_
             "Fix: restore these settings, or give the new run another name (name=...)."
             + (_ACCEPT if all(difference.startswith("data.") for difference in differences) else "")
         )
+
+
+def _check_position(checkpoint: Checkpoint, run: RunConfig, prepared: PreparedData, accept_data_change: bool) -> None:
+    """Refuse data that are not the checkpoint's before ranks exist, each of which takes the position itself. Raises
+    DataError."""
+    train = run.train
+    data = TrainBatches(
+        prepared, seq_len=train.seq_len, seed=train.seed, micro_batch=train.micro_batch, data_rank=0, data_size=1
+    )
+    data.load_state(checkpoint.facts["data"], accept_change=accept_data_change)  # type: ignore[arg-type]  # it checks
 
 
 def _flatten(value: object, prefix: str = "") -> dict[str, object]:
