@@ -152,6 +152,16 @@ def test_a_run_that_went_back_saves_its_steps_again(tmp_path: Path) -> None:
     assert torch.equal(read_all(find(tmp_path, step=2))["x0"], torch.full((100,), 1.0))
 
 
+def test_what_a_run_saved_before_it_went_back_is_not_what_it_ends_with(tmp_path: Path) -> None:
+    saver = AsyncSaver(tmp_path, ranks=Alone(), keep=9, disk=Flaky("..xxx"))
+    pulse = Beats(0, 1).pulse(0)
+    save = Save(tiny(), saver, Weights(0), lambda: {"run_id": "law"}, Alone(), pulse, lambda text: None, None)  # type: ignore[arg-type]
+    for step in (1, 2, 3, 4, 3, 4):
+        save.after_step(result(step))
+    with pytest.raises(MachineError, match="3 saves in a row failed"):
+        save.ensure(4)
+
+
 def test_nothing_is_exchanged_in_steps_without_a_write(tmp_path: Path) -> None:
     class Counting(Alone):
         calls = 0
