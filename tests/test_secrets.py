@@ -69,10 +69,10 @@ def leaks(folder: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkout whose remote has a password in its address, as W&B likes to write down."""
+    """A checkout whose remote has a token in its address, which W&B writes down and has to take out."""
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "cluster.yaml").write_text(CLUSTER)
-    for words in (["init", "-q"], ["remote", "add", "origin", f"https://me:{CANARY}@git.example/x.git"]):
+    for words in (["init", "-q"], ["remote", "add", "origin", f"https://{CANARY}@git.example/x.git"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     return tmp_path
 
