@@ -59,6 +59,16 @@ class NonFiniteError(MegagrokError):
     """Loss or gradient is not finite. Raised on all ranks together, before weights move."""
 
 
+class SpikeError(MegagrokError):
+    """Loss or gradient norm is far above what it was. Raised on all ranks together, before weights move."""
+
+
+class ReplicaError(MegagrokError):
+    """Ranks that hold the same tensor hold different bits of it. A restart from the newest checkpoint cures it."""
+
+    exit_code = EXIT_TRANSIENT
+
+
 class RankError(MegagrokError):
     """A rank died or hung; carries the first failure of all ranks, not the echo of it."""
 

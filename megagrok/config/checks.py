@@ -23,10 +23,13 @@ LEAST: Mapping[str, int] = {
     "decay_steps": 0,
     "zero": 0,
     "keep": 2,
+    "window_steps": 8,
+    "replica_check_every_steps": 0,
     "attention_temperature_positions": 2,
     "tokenizer_vocab_size": 257,
 }
 WHY_LEAST: Mapping[str, str] = {
+    "window_steps": "a quarter of them has to have a spread",
     "keep": "a bad newest checkpoint would end the run",
     "tokenizer_vocab_size": "256 bytes and the end of a document",
     "attention_temperature_positions": "logits are divided by its logarithm",
@@ -36,7 +39,9 @@ WHY_LEAST: Mapping[str, str] = {
 SOFTCAPS = frozenset(("attention_softcap", "router_softcap", "final_softcap"))
 MULTIPLIERS = frozenset(("embedding_multiplier", "output_multiplier"))
 LIMITS = frozenset(f"{phase}_seconds" for phase in ("start", "load", "step", "evaluate", "save"))
-ABOVE_ZERO = SOFTCAPS | MULTIPLIERS | LIMITS | frozenset(("rope_theta", "norm_eps", "init_std", "lr", "eps"))
+ABOVE_ZERO = (
+    SOFTCAPS | MULTIPLIERS | LIMITS | frozenset(("rope_theta", "norm_eps", "init_std", "lr", "eps", "spike_sigmas"))
+)
 NOT_NEGATIVE = frozenset(("balance_coefficient", "z_loss_coefficient", "weight_decay", "clip_norm", "min_lr"))
 BELOW_ONE = frozenset(("beta1", "beta2", "dropout"))
 BETWEEN = frozenset(("held_out_fraction",))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 BalanceLoss = Literal["none", "micro_batch", "global_batch"]
+NonFinitePolicy = Literal["stop", "skip", "rewind"]
+SpikePolicy = Literal["ignore", "stop", "skip", "rewind"]
 Precision = Literal["fp32", "bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
 ScheduleKind = Literal["constant", "wsd", "cosine"]
@@ -231,6 +233,26 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """What becomes of a step that should not be learnt from. All ranks decide alike, before weights move; the step's
+    samples and documents go to bad/STEP.json, and `megagrok replay RUN STEP` makes it again."""
+
+    on_nonfinite: NonFinitePolicy = "stop"
+    """Loss or gradient is not finite: stop; skip the update and go on; or rewind to the newest checkpoint and leave
+    the step's samples out."""
+    on_spike: SpikePolicy = "ignore"
+    """Loss or gradient norm spikes: as for on_nonfinite, or ignore it, which saves computing the norm twice."""
+    spike_sigmas: float = 6.0
+    """A spike is more than so many standard deviations above the mean of the last window_steps good steps."""
+    window_steps: int = 128
+    """Good steps that are looked back at; nothing is a spike before there is a quarter of them."""
+    max_in_a_row: int = 3
+    """The run stops, with exit status 70, at one bad step more than this without a good one between."""
+    replica_check_every_steps: int = 0
+    """Every so many steps, and before each save, ranks that hold the same weights compare hashes of them; 0 never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetryConfig:
     """What is written down, and how often."""
 
@@ -258,4 +280,5 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

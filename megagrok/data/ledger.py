@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from megagrok.data.lines import TAIL_BYTES, LineFile
 from megagrok.errors import DataError
 
 Action = Literal["trained", "skipped", "rewound", "refused"]
@@ -29,8 +30,6 @@ Run = tuple[int, int, int, int]
 """Samples first + i * stride + j for i < count, j < length: (first, count, stride, length)."""
 FILE_PATTERN = "data-?????.jsonl"
 _CRC = ',"crc":'
-# Enough for the longest line that the writer looks back at when it opens a file.
-_TAIL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,63 +100,29 @@ class Damage:
 
 
 class Ledger:
-    """One data rank's open file. Made by `open_ledger`, then `begin`; the one rank that speaks for its data coordinate
-    (tensor = context = pipeline = 0) has one. No method raises for what a disk does."""
+    """One data rank's file. The one rank that speaks for its data coordinate (tensor = context = pipeline = 0) has one.
+    No method raises for what a disk does."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self._path, self._say, self._has_complained = path, say, False
-        self._descriptor: int | None = None
+        def complain(error: OSError) -> None:
+            say(
+                f"the data ledger {path} cannot be written ({error}); training goes on, and `megagrok audit-data` will "
+                "name the steps that it cannot account for. Free space there."
+            )
+
+        self._file = LineFile(path, complain)
 
     def write(self, line: Line) -> None:
-        """Append a line in one write; it is in the kernel's hands when this returns."""
-        with _degraded(self):
-            self._append(encode_line(line))
+        """Append a line; it is in the kernel's hands when this returns."""
+        self._file.append(encode_line(line))
 
     def sync(self) -> None:
         """Put what was written on the disk: before a checkpoint whose samples it accounts for."""
-        with _degraded(self):
-            if self._descriptor is not None:
-                os.fsync(self._descriptor)
+        self._file.sync()
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _append(self, data: bytes) -> None:
-        if self._descriptor is None:
-            self._descriptor = _open_whole(self._path)
-        before = os.fstat(self._descriptor).st_size
-        if os.write(self._descriptor, data) != len(data):
-            # A full disk took a part of it: half a line in the middle would cost the line after it too.
-            os.ftruncate(self._descriptor, before)
-            raise OSError("the disk took only a part of a line")
-
-    def complain(self, error: OSError) -> None:
-        """Say once what is wrong; the lines that are missing are named by the audit."""
-        if not self._has_complained:
-            self._has_complained = True
-            self._say(
-                f"the data ledger {self._path} cannot be written ({error}); training goes on, and "
-                "`megagrok audit-data` will name the steps that it cannot account for. Free space there."
-            )
-
-
-class _degraded:
-    """Turn what a disk does into the ledger's one complaint."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, OSError):
-            return False
-        self._ledger.complain(error)
-        return True
+        self._file.close()
 
 
 def ledger_path(folder: Path, data_rank: int) -> Path:
@@ -172,7 +137,7 @@ def next_part(folder: Path, data_rank: int, generation: int) -> int:
     """
     try:
         with ledger_path(folder, data_rank).open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _TAIL_BYTES))
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
             tail = stream.read().split(b"\n")
     except OSError:
         return 0
@@ -266,15 +231,3 @@ def decode_samples(runs: Sequence[Run]) -> tuple[int, ...]:
 def digest_documents(document_ids: Sequence[Sequence[int]]) -> str:
     """What stands for the documents of a batch in the ledger: 64 bits of SHA-256, as hex."""
     return hashlib.sha256(json.dumps(document_ids, separators=(",", ":")).encode()).hexdigest()[:16]
-
-
-def _open_whole(path: Path) -> int:
-    """Open for appending, without the half line that a kill may have left at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    size = os.fstat(descriptor).st_size
-    start = max(0, size - _TAIL_BYTES)
-    tail = os.pread(descriptor, size - start, start)
-    if tail and not tail.endswith(b"\n"):
-        os.ftruncate(descriptor, start + tail.rfind(b"\n") + 1)
-    return descriptor

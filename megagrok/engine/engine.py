@@ -24,7 +24,8 @@ from megagrok.config.schema import RunConfig
 from megagrok.data.batches import Batch
 from megagrok.engine.gradients import global_norm, sum_over_tensor_ranks, sum_tied_embeddings
 from megagrok.engine.optimizer import Shard, make_deepspeed_engine, set_step_count, shards
-from megagrok.engine.state import GRADIENT, cut, is_spoken_for, load_state, router_fragments, shard_fragments
+from megagrok.engine.replicas import Replica, replicated
+from megagrok.engine.state import GRADIENT, WEIGHT, cut, is_spoken_for, load_state, router_fragments, shard_fragments
 from megagrok.errors import DataError
 from megagrok.model.grok import GrokModel
 from megagrok.model.loss import IGNORED_LABEL, expert_load
@@ -79,6 +80,8 @@ class Engine:
             for hook in self._optimizer._grad_acc_hooks:
                 hook.remove()
         self._pending_load_LE: Tensor | None = None
+        self.num_updates = 0
+        """Updates that were applied; steps that were refused are not among them. AdamW corrects its moments by it."""
 
     def forward_backward(self, batch: Batch) -> StepTotals:
         """Run all micro-batches through the pipeline and back. Gradients of the step's mean loss are then in place,
@@ -115,12 +118,58 @@ class Engine:
         for group in self._deepspeed.basic_optimizer.param_groups:
             group["lr"] = lr
         update = self._step_unsharded() if self._run.parallel.zero == 0 else self._step_sharded()
+        self.num_updates += update.is_applied
         if update.is_applied and self._pending_load_LE is not None:
             for chunk in self._chunks:
                 for layer in chunk.decoder.layers:
                     layer.mlp.router.load_E.copy_(self._pending_load_LE[layer.layer_number - 1])
         self._pending_load_LE = None
         return update
+
+    def gradient_norm(self) -> float:
+        """Global norm of the gradients that `reduce_gradients` has made whole, each element counted once; infinite
+        where its square does not fit fp32, as it is in `step`."""
+        square = torch.zeros((), dtype=torch.float64, device=self._platform.device)
+        for shard, values in self.gradient_shards():
+            if is_spoken_for(shard.owner, self._groups, zero=self._run.parallel.zero):
+                square += torch.linalg.vector_norm(values, dtype=torch.float32).double() ** 2
+        dist.all_reduce(square)
+        return float(square.float().sqrt())
+
+    def drop_gradients(self) -> Update:
+        """Instead of `step`: nothing moves, and nothing of the gradients is left for the next one.
+
+        DeepSpeed keeps gradients in places that differ with the ZeRO stage and the precision, and clears all of them
+        when it meets one that is not finite. So it is shown one.
+        """
+        for _, values in self.gradient_shards():
+            values[:1] = float("inf")
+        update = self.step(0.0)
+        assert not update.is_applied
+        return update
+
+    def find_bad_gradient(self) -> tuple[str, int] | None:
+        """The first tensor, in the order of the backward pass, whose gradient on this rank is not finite, and how many
+        there are; between `forward_backward` and `reduce_gradients`. Local."""
+        bad = [
+            part.name
+            for item in self._parameters
+            for part in item.parts
+            if not self._gradient_of(item.parameter).view(-1)[part.offset : part.offset + part.size].isfinite().all()
+        ]
+        return (bad[-1], len(bad)) if bad else None
+
+    def find_bad_state(self) -> str | None:
+        """A tensor of this rank's shards, weight or moment, that is not finite; None if all are. Local."""
+        for shard in shards(self._deepspeed, self._parameters):
+            for kind, values in {WEIGHT: shard.weight, **shard.moments}.items():
+                if not values.isfinite().all():
+                    return f"{kind}/{shard.owner.parts[0].name}"
+        return None
+
+    def replicated(self) -> Iterator[Replica]:
+        """Everything on this rank that others hold too and have to hold bit by bit; see replicas.py."""
+        return replicated(self._parameters, self._chunks, self._held_whole(), self._groups)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
@@ -144,7 +193,9 @@ class Engine:
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint of this model, written by any layout. Raises CheckpointError."""
         load_state(checkpoint, self._parameters, shards(self._deepspeed, self._parameters), self._chunks)
-        set_step_count(self._deepspeed, checkpoint.step)
+        # A checkpoint that does not say has refused no step.
+        self.num_updates = int(str(checkpoint.facts.get("updates", checkpoint.step)))
+        set_step_count(self._deepspeed, self.num_updates)
 
     @property
     def local_parameters(self) -> list[LocalParameter]:
@@ -164,6 +215,10 @@ class Engine:
             if values.numel() == shard.owner.parameter.numel():
                 values = values[shard.begin : shard.end]
             yield shard, values
+
+    def _held_whole(self) -> list[Shard]:
+        """Shards of the optimizer that every replica keeps: all without ZeRO, none with it."""
+        return [] if self._run.parallel.zero else shards(self._deepspeed, self._parameters)
 
     def _run_schedule(self, batch: Batch, *, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; on the last stage the loss sum of each."""

@@ -6,14 +6,17 @@ kill. The rewrite is a new file that replaces the old one, so that a kill during
 """
 
 import json
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
+from megagrok.data.lines import LineFile
 from megagrok.errors import DataError, MachineError
-from megagrok.telemetry.records import EvaluationRecord, Record, StepRecord, parse_record
+from megagrok.telemetry.records import EvaluationRecord, GuardRecord, Record, StepRecord, parse_record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,14 +27,16 @@ class Metrics:
     """The recorded steps."""
     evaluations: tuple[EvaluationRecord, ...]
     """The evaluations."""
+    guards: tuple[GuardRecord, ...] = ()
+    """The steps that a guard refused, in the order in which they happened."""
 
 
 class MetricsFile:
-    """The open file. Made by `open_metrics`; one process writes."""
+    """The open file. Made by `open_metrics`; one process writes. A disk that fails costs lines and ends no step."""
 
-    def __init__(self, path: Path, stream: TextIO, *, last_step: int, evaluated: frozenset[int]) -> None:
+    def __init__(self, path: Path, *, last_step: int, evaluated: frozenset[int]) -> None:
         self._path = path
-        self._stream = stream
+        self._file = LineFile(path, self._complain)
         self._last_step = last_step
         self._evaluated = set(evaluated)
 
@@ -39,45 +44,50 @@ class MetricsFile:
         """Append one line; it is in the kernel's hands when this returns.
 
         An evaluation of a step that the file already has is not written again: a run that resumes at its end measures
-        the same weights on the same samples.  Raises MachineError if the disk refuses.
+        the same weights on the same samples.  What the disk refuses is missing, and said once.
         """
-        if isinstance(record, EvaluationRecord):
-            if record.step in self._evaluated:
+        match record:
+            case EvaluationRecord() if record.step in self._evaluated:
                 return
-            self._evaluated.add(record.step)
-        else:
-            assert record.step > self._last_step, f"step {record.step} after {self._last_step}: a step is written once"
-            self._last_step = record.step
+            case EvaluationRecord():
+                self._evaluated.add(record.step)
+            case StepRecord():
+                assert record.step > self._last_step, f"step {record.step} after {self._last_step}: a step comes once"
+                self._last_step = record.step
+        self._file.append(_line(record))
+
+    def go_back(self, last_step: int) -> None:
+        """Drop the steps and evaluations after `last_step`; they will come again. What guards said stays."""
+        self._file.close()
         try:
-            self._stream.write(_line(record))
+            self._evaluated = set(_drop_after(self._path, last_step))
         except OSError as error:
-            raise MachineError(f"{self._path} cannot be written: {error}. Free space there, then resume.") from error
+            self._complain(error)
+        self._last_step = last_step
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        self._file.sync()
+        self._file.close()
+
+    def _complain(self, error: OSError) -> None:
+        logger.warning(
+            "%s cannot be written (%s): lines will be missing there; training goes on. Free space.", self._path, error
+        )
 
 
 def open_metrics(path: Path, *, last_step: int) -> MetricsFile:
-    """Open for appending after step `last_step`; lines of later steps are dropped for good.
+    """Open for appending after step `last_step`; steps and evaluations after it are dropped for good.
 
     path: metrics.jsonl of the run; its folder exists.  last_step: the checkpoint's step; 0 starts an empty file.
     Call on the one rank that writes.  Raises DataError for a damaged line that is not the last, MachineError if the
-    file cannot be opened or rewritten.
+    file cannot be rewritten.
     """
     try:
-        # Step 0 is a new run: an evaluation of step 0 that an earlier run left behind is of other weights.
-        records = _read_records(path) if last_step > 0 and path.exists() else []
-        kept = [record for record in records if record.step <= last_step]
-        _replace(path, "".join(map(_line, kept)))
-        # Line-buffered: a kill loses at most the line that was being written.
-        stream = path.open("a", encoding="utf-8", buffering=1)
+        evaluated = _drop_after(path, last_step)
     except OSError as error:
         raise MachineError(f"{path} cannot be opened for writing: {error}.") from error
-    evaluated = frozenset(record.step for record in kept if isinstance(record, EvaluationRecord))
-    return MetricsFile(path, stream, last_step=last_step, evaluated=evaluated)
+    return MetricsFile(path, last_step=last_step, evaluated=evaluated)
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -94,11 +104,21 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics(
         steps=tuple(record for record in records if isinstance(record, StepRecord)),
         evaluations=tuple(record for record in records if isinstance(record, EvaluationRecord)),
+        guards=tuple(record for record in records if isinstance(record, GuardRecord)),
     )
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record.to_json(), allow_nan=False, separators=(",", ":")) + "\n"
+def _line(record: Record) -> bytes:
+    return json.dumps(record.to_json(), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _drop_after(path: Path, last_step: int) -> frozenset[int]:
+    """Rewrite the file without the steps and evaluations after `last_step`; returns the steps with an evaluation."""
+    # Step 0 is a new run: an evaluation of step 0 that an earlier run left behind is of other weights.
+    records = _read_records(path) if last_step > 0 and path.exists() else []
+    kept = [record for record in records if record.step <= last_step or isinstance(record, GuardRecord)]
+    _replace(path, b"".join(map(_line, kept)))
+    return frozenset(record.step for record in kept if isinstance(record, EvaluationRecord))
 
 
 def _read_records(path: Path) -> list[Record]:
@@ -123,10 +143,10 @@ def _decode(line: bytes, place: str) -> Record:
     return parse_record(decoded, place=place)
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: bytes) -> None:
     """Put `text` at `path` whole or not at all."""
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as stream:
+    with new.open("wb") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

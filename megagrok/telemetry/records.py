@@ -1,4 +1,5 @@
-"""What is measured: one record per optimizer step, one per evaluation. Not where it goes and not how it is reduced.
+"""What is measured: one record per optimizer step, one per evaluation, one per step that a guard refused. Not where it
+goes and not how it is reduced.
 
 One idea: a record is exactly one line of metrics.jsonl, and back. JSON has no NaN, so a number that is not finite is
 written as the text "nan", "inf" or "-inf": the line stays valid for strict readers (jq, pandas, a browser), and a
@@ -54,19 +55,19 @@ class StepRecord:
         return {
             "kind": "step",
             "step": self.step,
-            "loss": _to_json_number(self.loss),
-            "balance_loss": _to_json_number(self.balance_loss),
-            "z_loss": _to_json_number(self.z_loss),
-            "grad_norm": _to_json_number(self.grad_norm),
-            "clip_coefficient": _to_json_number(self.clip_coefficient),
-            "lr": _to_json_number(self.lr),
+            "loss": to_json_number(self.loss),
+            "balance_loss": to_json_number(self.balance_loss),
+            "z_loss": to_json_number(self.z_loss),
+            "grad_norm": to_json_number(self.grad_norm),
+            "clip_coefficient": to_json_number(self.clip_coefficient),
+            "lr": to_json_number(self.lr),
             "tokens": self.tokens,
             "consumed_samples": self.consumed_samples,
             "global_batch": self.global_batch,
-            "step_seconds": _to_json_number(self.step_seconds),
-            "tokens_per_second": _to_json_number(self.tokens_per_second),
-            "mfu": None if self.mfu is None else _to_json_number(self.mfu),
-            "expert_load": [[_to_json_number(share) for share in layer] for layer in self.expert_load],
+            "step_seconds": to_json_number(self.step_seconds),
+            "tokens_per_second": to_json_number(self.tokens_per_second),
+            "mfu": None if self.mfu is None else to_json_number(self.mfu),
+            "expert_load": [[to_json_number(share) for share in layer] for layer in self.expert_load],
         }
 
 
@@ -88,13 +89,46 @@ class EvaluationRecord:
         return {
             "kind": "evaluation",
             "step": self.step,
-            "loss": _to_json_number(self.loss),
-            "perplexity": _to_json_number(self.perplexity),
+            "loss": to_json_number(self.loss),
+            "perplexity": to_json_number(self.perplexity),
             "tokens": self.tokens,
         }
 
 
-Record = StepRecord | EvaluationRecord
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardRecord:
+    """A step that was not learnt from. It stays where it is when the run goes back before it: it did happen."""
+
+    step: int
+    """The step that was refused."""
+    generation: int
+    """Which start of the run."""
+    decision: str
+    """stop, skip or rewind."""
+    reason: str
+    """With the numbers."""
+    loss: float
+    """Of the step, as for StepRecord."""
+    grad_norm: float
+    """NaN if it was not computed."""
+    next_step: int
+    """The step that comes next; of a stopped run, when it goes on."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of metrics.jsonl, `kind` first."""
+        return {
+            "kind": "guard",
+            "step": self.step,
+            "generation": self.generation,
+            "decision": self.decision,
+            "reason": self.reason,
+            "loss": to_json_number(self.loss),
+            "grad_norm": to_json_number(self.grad_norm),
+            "next_step": self.next_step,
+        }
+
+
+Record = StepRecord | EvaluationRecord | GuardRecord
 
 
 def make_evaluation(*, step: int, loss: float, tokens: int) -> EvaluationRecord:
@@ -123,8 +157,18 @@ def parse_record(line: Mapping[str, Any], *, place: str) -> Record:
                     perplexity=float(line["perplexity"]),
                     tokens=int(line["tokens"]),
                 )
+            case "guard":
+                return GuardRecord(
+                    step=int(line["step"]),
+                    generation=int(line["generation"]),
+                    decision=str(line["decision"]),
+                    reason=str(line["reason"]),
+                    loss=float(line["loss"]),
+                    grad_norm=float(line["grad_norm"]),
+                    next_step=int(line["next_step"]),
+                )
             case other:
-                raise DataError(f"{place}: kind is {other!r}, metrics are of kind 'step' or 'evaluation'.")
+                raise DataError(f"{place}: kind is {other!r}, metrics are of kind 'step', 'evaluation' or 'guard'.")
     except KeyError as missing:
         raise DataError(f"{place}: no key {missing} (keys: {', '.join(line)}).") from missing
     except (TypeError, ValueError) as error:
@@ -150,5 +194,6 @@ def _parse_step(line: Mapping[str, Any]) -> StepRecord:
     )
 
 
-def _to_json_number(value: float) -> JsonNumber:
+def to_json_number(value: float) -> JsonNumber:
+    """The number, or its name where JSON has none."""
     return value if math.isfinite(value) else str(float(value))

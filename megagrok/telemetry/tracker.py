@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from megagrok.config.schema import TelemetryConfig
 from megagrok.telemetry.expert_load import imbalance
-from megagrok.telemetry.records import EvaluationRecord, Record
+from megagrok.telemetry.records import EvaluationRecord, GuardRecord, Record
 
 if TYPE_CHECKING:
     import wandb
@@ -208,6 +208,8 @@ def wandb_values(record: Record) -> dict[str, float | int]:
             "evaluation/loss": record.loss,
             "evaluation/perplexity": record.perplexity,
         }
+    if isinstance(record, GuardRecord):
+        return {"step": record.step, "guard/loss": record.loss, "guard/grad_norm": record.grad_norm}
     loads = imbalance(record.expert_load)
     values: dict[str, float | int] = {
         "step": record.step,

@@ -25,6 +25,7 @@ from megagrok.data.ledger import (
 from megagrok.parallel.ranks import Ranks
 from megagrok.parallel.topology import Coordinates
 from megagrok.train.files import RunFiles
+from megagrok.train.result import StepResult
 
 
 class Account:
@@ -101,7 +102,15 @@ class Account:
             action=action,
         )
         self._ledger.write(line)
-        if step % self._run.checkpoint.every_steps == 0 or step == self._run.train.steps:
+
+    def after_step(self, result: StepResult) -> None:
+        """As a hook that comes before the one that saves."""
+        if result.step % self._run.checkpoint.every_steps == 0 or result.step == self._run.train.steps:
+            self.sync()
+
+    def sync(self) -> None:
+        """Put the lines on the disk, before a save that they account for."""
+        if self._ledger is not None:
             self._ledger.sync()
 
     def close(self) -> None:

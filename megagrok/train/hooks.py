@@ -11,10 +11,10 @@ from megagrok.plan import training_flops_per_token
 from megagrok.telemetry.expert_load import expert_shares
 from megagrok.telemetry.metrics_file import MetricsFile
 from megagrok.telemetry.progress import Progress
-from megagrok.telemetry.records import Record, StepRecord, make_evaluation
+from megagrok.telemetry.records import EvaluationRecord, GuardRecord, Record, StepRecord, make_evaluation
 from megagrok.telemetry.throughput import measure_throughput
 from megagrok.telemetry.tracker import Tracker
-from megagrok.train.trainer import StepResult
+from megagrok.train.result import StepResult
 
 
 class Journal:
@@ -27,10 +27,13 @@ class Journal:
         """Put one record everywhere."""
         self.metrics.write(record)
         self.tracker.log(record)
-        if isinstance(record, StepRecord):
-            self.progress.step(record)
-        else:
-            self.progress.evaluation(record)
+        match record:
+            case StepRecord():
+                self.progress.step(record)
+            case EvaluationRecord():
+                self.progress.evaluation(record)
+            case GuardRecord():
+                self.say(f"step {record.step}: {record.decision}, {record.reason}; step {record.next_step} is next")
 
     def say(self, text: str) -> None:
         """Show a line to whoever watches; it is in no record."""

@@ -12,7 +12,7 @@ from megagrok.engine.engine import Engine
 from megagrok.errors import MachineError
 from megagrok.parallel.beats import Pulse
 from megagrok.parallel.ranks import JSON, Ranks
-from megagrok.train.trainer import StepResult
+from megagrok.train.result import StepResult
 
 MAX_FAILURES = 3
 """Saves that may fail in a row before the run ends: what it does would be lost."""
@@ -70,6 +70,10 @@ class Save:
         while self._last_saved != step:
             self.begin(step)
             self.settle()
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after `step`, whose checkpoint it has taken over again."""
+        self._last_saved = self._last_begun = step
 
     def settle(self) -> None:
         """Take the outcome of the write that is under way, if one is. Collective."""

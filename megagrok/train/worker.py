@@ -2,6 +2,7 @@
 
 import sys
 import uuid
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -12,7 +13,7 @@ from megagrok.checkpoint import AsyncSaver, Checkpoint, find_checkpoint, take_ov
 from megagrok.config import RunConfig, to_dict
 from megagrok.data.batches import TrainBatches
 from megagrok.data.prepare import PreparedData
-from megagrok.engine.engine import build_engine
+from megagrok.engine.engine import Engine, build_engine
 from megagrok.parallel.groups import make_groups
 from megagrok.parallel.ranks import JSON, ProcessGroupRanks, Ranks
 from megagrok.parallel.topology import Topology
@@ -20,12 +21,16 @@ from megagrok.parallel.watch import frame_waits
 from megagrok.platform import Platform, peak_flops_per_second
 from megagrok.telemetry.metrics_file import open_metrics
 from megagrok.telemetry.progress import Progress
+from megagrok.telemetry.records import GuardRecord
 from megagrok.telemetry.tracker import make_tracker
 from megagrok.train.account import Account
 from megagrok.train.beginning import Start, on_rank_0
 from megagrok.train.files import RunFiles
+from megagrok.train.guard import Guard
 from megagrok.train.hooks import Evaluate, Journal, Log
+from megagrok.train.refusal import Refusals, left_out_on_record
 from megagrok.train.saving import Save
+from megagrok.train.soundness import Soundness
 from megagrok.train.stop import Preempted, listen_for_stop
 from megagrok.train.trainer import Hook, Trainer
 
@@ -68,9 +73,13 @@ def train_rank(
         on_rank_0(ranks, lambda: take_over(files.checkpoints, start.fence))
         checkpoint = find_checkpoint(files.checkpoints, ranks=ranks)
         data_before: str | None = None
+        run_id = _run_id(checkpoint, ranks)
+        guard = Guard(run.guard)
         if checkpoint is not None:
             engine.load(checkpoint)
             data_before = data.load_state(checkpoint.facts["data"], accept_change=start.request.accept_data_change)  # type: ignore[arg-type]  # load_state checks what it is given
+            data.leave_out(left_out_on_record(files, run_id, data.consumed_samples, ranks))
+            guard.load_state(checkpoint.facts.get("guard"))
             pulse.saved(checkpoint.step)
         done = 0 if checkpoint is None else checkpoint.step
         account = Account(run, files, data, ranks, groups.coordinates, start.generation)
@@ -80,17 +89,35 @@ def train_rank(
         saver = _make_saver(run, files, start)
         journal = _open_journal(run, files, checkpoint) if ranks.rank == 0 else None
         try:
-            facts = partial(_facts, run, _run_id(checkpoint, ranks), data, start.generation)
+            facts = partial(_facts, run, run_id, engine, data, guard, start.generation)
             say = (lambda text: None) if journal is None else journal.say
             save = Save(run, saver, engine, facts, ranks, pulse, say, None if checkpoint is None else done)
             evaluate = Evaluate(run, engine, prepared, journal, data_rank, pulse)
             log = Log(run, journal, _peak_of_all_ranks(run, platform))
             if done == 0:
                 evaluate.evaluate(0)
-            hooks: list[Hook] = [log, evaluate, save]
-            inject = start.request.inject
-            trainer = Trainer(run, files, engine, data, account, hooks, ranks, platform, pulse, inject)
+            soundness = Soundness(run, engine, ranks)
+            told = _Told(journal, save)
+            refusals = Refusals(files, run_id, engine, data, guard, account, ranks, told)
+            hooks: list[Hook] = [log, evaluate, soundness, account, save]
+            trainer = Trainer(
+                run,
+                engine,
+                data,
+                guard,
+                soundness,
+                refusals,
+                account,
+                hooks,
+                ranks,
+                platform,
+                pulse,
+                start.request.inject,
+            )
             last = trainer.train(done, stop)
+            if last < run.train.steps:
+                soundness.before_save(last)
+            account.sync()
             save.ensure(last)
             if last < run.train.steps:
                 if ranks.rank == 0:
@@ -104,18 +131,42 @@ def train_rank(
             account.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Those who count steps beside the trainer, when a step is refused."""
+
+    journal: Journal | None
+    save: Save
+
+    def settle(self) -> None:
+        self.save.settle()
+
+    def record(self, record: GuardRecord) -> None:
+        if self.journal is not None:
+            self.journal.write(record)
+
+    def go_back(self, step: int) -> None:
+        self.save.go_back(step)
+        if self.journal is not None:
+            self.journal.metrics.go_back(step)
+
+
 def _run_id(checkpoint: Checkpoint | None, ranks: Ranks) -> str:
     """The name that all checkpoints of a run carry; a resumed run keeps it. Collective for a new run."""
     return str(ranks.gather(uuid.uuid4().hex)[0]) if checkpoint is None else str(checkpoint.facts["run_id"])
 
 
-def _facts(run: RunConfig, run_id: str, data: TrainBatches, generation: int) -> dict[str, JSON]:
+def _facts(
+    run: RunConfig, run_id: str, engine: Engine, data: TrainBatches, guard: Guard, generation: int
+) -> dict[str, JSON]:
     """What a checkpoint holds beside tensors."""
     return {
         "run_id": run_id,
         "generation": generation,
         "config": to_dict(run),
         "data": data.state_dict(),
+        "guard": guard.state_dict(),
+        "updates": engine.num_updates,
         "torch": torch.__version__,
     }
 

@@ -2,18 +2,20 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from megagrok.errors import DataError, MachineError
-from megagrok.telemetry.metrics_file import open_metrics, read_metrics
-from megagrok.telemetry.records import StepRecord, make_evaluation
+from megagrok.telemetry.metrics_file import Metrics, open_metrics, read_metrics
+from megagrok.telemetry.records import GuardRecord, StepRecord, make_evaluation
 
 MakeStep = Callable[..., StepRecord]
 
@@ -114,12 +116,63 @@ def test_what_the_machine_refuses_is_said_with_the_path(tmp_path: Path, make_ste
         open_metrics(tmp_path / "no_such_folder" / "metrics.jsonl", last_step=0)
     with pytest.raises(DataError, match="does not exist"):
         read_metrics(tmp_path / "metrics.jsonl")
-    if Path("/dev/full").exists():
-        (tmp_path / "metrics.jsonl").touch()
-        metrics = open_metrics(tmp_path / "metrics.jsonl", last_step=0)
-        metrics._stream = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - a disk that is full
-        with pytest.raises(MachineError, match=r"cannot be written.*No space left"):
-            metrics.write(make_step(1))
+
+
+def test_a_disk_that_fills_up_costs_lines_and_is_said_once(
+    tmp_path: Path, make_step: MakeStep, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = open_metrics(path, last_step=0)
+    metrics.write(make_step(1))
+    with full_disk(path.stat().st_size + 20):  # the next line fits in part
+        metrics.write(make_step(2))
+        metrics.write(make_step(3))
+        metrics.write(make_evaluation(step=3, loss=1.0, tokens=1))
+    metrics.write(make_step(4))
+    metrics.close()
+    assert [record.step for record in read_metrics(path).steps] == [1, 4]
+    (said,) = caplog.messages
+    assert "metrics.jsonl cannot be written" in said and "training goes on" in said
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: the kernel refuses, as it does where space is out."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_way_back_drops_the_steps_that_come_again_and_keeps_what_the_guard_said(
+    tmp_path: Path, make_step: MakeStep
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = open_metrics(path, last_step=0)
+    refused = GuardRecord(
+        step=4, generation=1, decision="rewind", reason="so", loss=float("nan"), grad_norm=2.0, next_step=3
+    )
+    for step in range(1, 4):
+        metrics.write(make_step(step))
+        metrics.write(make_evaluation(step=step, loss=4.0, tokens=10))
+    metrics.write(refused)
+    metrics.go_back(2)
+    for step in (3, 4):
+        metrics.write(make_step(step))
+        metrics.write(make_evaluation(step=step, loss=5.0, tokens=10))
+    metrics.close()
+    for reread in (read_metrics(path), reopened(path)):
+        assert [record.step for record in reread.steps] == [1, 2, 3, 4]
+        assert [(record.step, record.loss) for record in reread.evaluations] == [(1, 4.0), (2, 4.0), (3, 5.0), (4, 5.0)]
+        (kept,) = reread.guards
+        assert (kept.step, kept.decision, kept.grad_norm, kept.next_step) == (4, "rewind", 2.0, 3)
+
+
+def reopened(path: Path) -> Metrics:
+    open_metrics(path, last_step=4).close()
+    return read_metrics(path)
 
 
 WRITER = """

@@ -67,7 +67,7 @@ class Command:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            status = main(arguments)
+            status = self.main(arguments)
         except SystemExit as exit_:
             status = exit_.code if isinstance(exit_.code, int) else 1
         except BaseException:
@@ -76,6 +76,10 @@ class Command:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+    def main(self, arguments: list[str]) -> int:
+        """What the process does."""
+        return main(arguments)
 
     def signal(self, number: int) -> None:
         """Send a signal to the command, not to its ranks."""
