@@ -43,10 +43,15 @@ FORBIDDEN_NAMES = (
     "torch.distributed.broadcast_object_list", "torch.distributed.scatter_object_list",
     "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all",
     "yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader", "os.system", "os.popen",
-    "subprocess.getoutput", "subprocess.getstatusoutput",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell", "runpy",
+    "torch.hub", "torch.jit.load", "pandas.read_pickle", "jsonpickle",
 )  # fmt: skip
 FORBIDDEN_CALLS = ("eval", "exec", "__import__")
 FORBIDDEN_TRUE = ("shell", "allow_pickle", "trust_remote_code")
+# In a shell script: text that becomes a command.
+FORBIDDEN_IN_SHELL = re.compile(
+    r"(?:^|[\s;&|(`])(?:eval|(?:ba|da|z)?sh\s+-\w*c|(?:source|\.)\s+<\(|xargs\s+(?:ba)?sh)\b|\|\s*(?:ba)?sh\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +214,32 @@ def dangers(source: Source) -> list[str]:
     return found
 
 
+def shell_scripts() -> list[Path]:
+    """Every file that git knows or could add and that a shell would run: by its ending, its first line, or by make."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return [path for line in listed.stdout.splitlines() if is_shell(path := ROOT / line)]
+
+
+def is_shell(path: Path) -> bool:
+    if path.suffix in (".sh", ".bash", ".sbatch") or path.name in ("Makefile", "Dockerfile"):
+        return True
+    if path.suffix or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return re.match(rb"#!.*\b(?:ba|da|z)?sh\b", file.readline()) is not None
+
+
+def shell_dangers(name: str, text: str) -> list[str]:
+    return [
+        f"{name}:{number} runs text as a command: {line.strip()}"
+        for number, line in enumerate(text.splitlines(), start=1)
+        if not line.lstrip().startswith("#") and FORBIDDEN_IN_SHELL.search(line)
+    ]
+
+
 def cycle(edges: dict[str, set[str]]) -> list[str]:
     """One import cycle as the modules along it, or nothing."""
     finished: set[str] = set()
@@ -264,6 +295,35 @@ def test_no_python_file_of_the_repository_runs_what_it_reads() -> None:
     assert not offences, "\n".join(offences)
 
 
+def test_no_shell_script_of_the_repository_runs_what_it_reads() -> None:
+    scripts = shell_scripts()
+    assert {"launch/train.sbatch", ".ci/run", "Makefile"} <= {str(path.relative_to(ROOT)) for path in scripts}
+    offences = [offence for path in scripts for offence in shell_dangers(path.name, path.read_text(encoding="utf-8"))]
+    assert not offences, "\n".join(offences)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_dangerous"),
+    [
+        ('eval "$1"', True),
+        ("  x=1; eval $x", True),
+        ('bash -c "$1"', True),
+        ("srun sh -ec run", True),
+        ("curl https://x | sh", True),
+        ("curl -s https://x|bash", True),
+        ("source <(echo x)", True),
+        ("echo $(eval echo $1)", True),
+        ("# eval is not used here", False),
+        ("make evaluate", False),
+        ('exec megagrok slurm supervise "$@"', False),
+        ("bash script.sh -c", False),
+        ("./push | tee log", False),
+    ],
+)
+def test_a_planted_danger_in_a_shell_script_is_found(line: str, is_dangerous: bool) -> None:
+    assert bool(shell_dangers("x.sh", f"#!/bin/bash\n{line}\n")) == is_dangerous
+
+
 def test_settings_and_plan_start_without_torch() -> None:
     modules = sorted(module for module in MODULES if is_under(module, TORCH_FREE[1:]))
     heavy = "torch", "numpy", "megatron", "deepspeed", "transformers", "datasets", "wandb"
@@ -293,6 +353,7 @@ PLANTED = [
     (dangers, "anywhere.py", "exec('1')"),
     (dangers, "anywhere.py", "import subprocess\nsubprocess.run('ls', shell=True)"),
     (dangers, "anywhere.py", "import yaml\nyaml.load('', Loader=yaml.SafeLoader)"),
+    (dangers, "launch/x.py", "import runpy\nrunpy.run_path('x')"),
     (dangers, "anywhere.py", "import numpy as np\nnp.load('x', allow_pickle=True)"),
 ]  # fmt: skip
 
