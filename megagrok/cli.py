@@ -144,6 +144,65 @@ def run_audit_data(options: argparse.Namespace) -> int:
     return DataError.exit_code if found.problems else 0
 
 
+def run_ckpt_list(options: argparse.Namespace) -> int:
+    """Print a line for each checkpoint; 4 if none looks sound."""
+    from megagrok.checkpoint.catalog import checkpoints_of, list_checkpoints, table
+
+    found = list_checkpoints(checkpoints_of(options.run))
+    print(table(found))
+    return 0 if any(listed.problem is None for listed in found) else CheckpointError.exit_code
+
+
+def run_ckpt_verify(options: argparse.Namespace) -> int:
+    """Read every byte and print what is wrong; 4 if anything is."""
+    from megagrok.checkpoint.catalog import checkpoints_of, verify_steps
+
+    is_bad = False
+    for folder, problems in verify_steps(checkpoints_of(options.run), options.step):
+        print(f"{folder}: {'sound' if not problems else 'DAMAGED'}", *problems, sep="\n  ", flush=True)
+        is_bad |= bool(problems)
+    return CheckpointError.exit_code if is_bad else 0
+
+
+def run_ckpt_show(options: argparse.Namespace) -> int:
+    """Print what a checkpoint holds."""
+    from megagrok.checkpoint.catalog import checkpoints_of, folder_of, page
+
+    print(page(folder_of(checkpoints_of(options.run), options.step)))
+    return 0
+
+
+def run_ckpt_reshard(options: argparse.Namespace) -> int:
+    """Write a checkpoint's tensors into another number of files."""
+    from megagrok.checkpoint.catalog import checkpoints_of, folder_of
+    from megagrok.checkpoint.reshard import reshard
+
+    source = folder_of(checkpoints_of(options.run), options.step)
+    target = reshard(source, options.out, options.files)
+    print(f"{target}: the tensors of {source} in {options.files} files, verified bit by bit")
+    return 0
+
+
+def run_ckpt_prune(options: argparse.Namespace) -> int:
+    """Remove old checkpoints of a run that is not running."""
+    from megagrok.checkpoint.catalog import checkpoints_of
+    from megagrok.checkpoint.disk import Disk
+    from megagrok.checkpoint.fence import Unfenced
+    from megagrok.checkpoint.retention import is_sound, prune, steps_under
+    from megagrok.train.lease import require_idle
+
+    if options.keep < 2:
+        raise ConfigError(f"--keep {options.keep}, needs at least 2: a bad newest checkpoint would end the run")
+    root = checkpoints_of(options.run)
+    require_idle(root.parent / "lease.json")
+    before = steps_under(root)
+    prune(Disk(), root, options.keep, Unfenced(), is_sound)
+    after = steps_under(root)
+    gone = [step for step in before if step not in after]
+    print(f"{root}: removed {', '.join(map(str, gone)) or 'none'}; kept {', '.join(map(str, after)) or 'none'}")
+    return 0
+
+
 def run_generate(options: argparse.Namespace) -> int:
     """Print the text that follows a prompt."""
     from megagrok.train.generate import Sampling, generate_from_run
@@ -348,6 +407,26 @@ def _add_audit_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
 
 
+def _add_ckpt_list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of its checkpoints")
+
+
+def _add_ckpt(parser: argparse.ArgumentParser) -> None:
+    _add_ckpt_list(parser)
+    parser.add_argument("--step", type=_count, metavar="N", help="this checkpoint only")
+
+
+def _add_ckpt_reshard(parser: argparse.ArgumentParser) -> None:
+    _add_ckpt(parser)
+    parser.add_argument("--files", type=_count, required=True, metavar="K", help="files to write")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the new checkpoint")
+
+
+def _add_ckpt_prune(parser: argparse.ArgumentParser) -> None:
+    _add_ckpt_list(parser)
+    parser.add_argument("--keep", type=_count, required=True, metavar="K", help="sound checkpoints to keep, at least 2")
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
     parser.add_argument("--prompt", default="", help="text to continue")
@@ -411,6 +490,11 @@ COMMANDS = {
     "train": Command("Train, or go on training, on this machine or as a rank.", _add_train, run_train),
     "resume": Command("Go on with a run as it was last started.", _add_resume, run_resume),
     "audit-data": Command("Prove that every sample was used exactly once.", _add_audit_data, run_audit_data),
+    "ckpt list": Command("The checkpoints of a run.", _add_ckpt_list, run_ckpt_list),
+    "ckpt verify": Command("Read every byte of a run's checkpoints.", _add_ckpt, run_ckpt_verify),
+    "ckpt show": Command("What a checkpoint holds.", _add_ckpt, run_ckpt_show),
+    "ckpt reshard": Command("A checkpoint in another number of files.", _add_ckpt_reshard, run_ckpt_reshard),
+    "ckpt prune": Command("Remove old checkpoints, never below two sound ones.", _add_ckpt_prune, run_ckpt_prune),
     "generate": Command("Text from a run's checkpoint.", _add_generate, run_generate),
     "check": Command("Check a run without starting it: every problem at once.", _add_check, run_check),
     "describe": Command("Parameters, FLOPs and bytes of a model or a run.", _add_describe, run_describe),

@@ -6,12 +6,13 @@ a run never meet in one, and a start clears those of its own and of earlier ones
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from megagrok.checkpoint.commit import read_commit, step_name, step_of
 from megagrok.checkpoint.disk import Disk
 from megagrok.checkpoint.fence import Fence
-from megagrok.checkpoint.verify import size_problems
+from megagrok.checkpoint.verify import size_problems, verify_checkpoint
 from megagrok.errors import CheckpointError
 
 ASIDE, UNFINISHED = ".aside", ".tmp"
@@ -64,28 +65,34 @@ def set_aside_from(disk: Disk, root: Path, step: int, fence: Fence) -> None:
             disk.rename(root / step_name(later), aside)
 
 
-def prune(disk: Disk, root: Path, keep: int, fence: Fence) -> None:
-    """Remove what is older than the `keep` newest complete checkpoints, and what was set aside and is replaced.
-
-    An incomplete checkpoint counts for nothing, and stays as evidence until it is older than all that are kept.
-    """
-    kept: list[int] = []
-    for older in steps_under(root):
-        if len(kept) == keep:
-            _remove(disk, root, step_name(older), older, fence)
-        elif is_complete(root / step_name(older)):
-            kept.append(older)
-    for aside in steps_under(root, ASIDE):
-        if (root / step_name(aside)).exists() or (len(kept) == keep and aside < kept[-1]):
-            _remove(disk, root, step_name(aside) + ASIDE, aside, fence)
-
-
 def is_complete(folder: Path) -> bool:
     """Whether the commit is sound and every file is there with its size. Digests of files are not checked."""
     try:
         return not size_problems(folder, read_commit(folder)[0])
     except CheckpointError:
         return False
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether nothing at all is wrong. Reads every byte."""
+    return not verify_checkpoint(folder)
+
+
+def prune(disk: Disk, root: Path, keep: int, fence: Fence, counts: Callable[[Path], bool] = is_complete) -> None:
+    """Remove what is older than the `keep` newest checkpoints that count, and what was set aside and is replaced.
+
+    One that does not count stays as evidence until it is older than all that are kept. Fewer than two are never kept.
+    """
+    assert keep >= 2, keep
+    kept: list[int] = []
+    for older in steps_under(root):
+        if len(kept) == keep:
+            _remove(disk, root, step_name(older), older, fence)
+        elif counts(root / step_name(older)):
+            kept.append(older)
+    for aside in steps_under(root, ASIDE):
+        if aside in kept or (len(kept) == keep and aside < kept[-1]):
+            _remove(disk, root, step_name(aside) + ASIDE, aside, fence)
 
 
 def _remove(disk: Disk, root: Path, name: str, step: int, fence: Fence) -> None:

@@ -128,9 +128,9 @@ def save_through(save: Save, fragments: Iterable[Fragment], *, are_private: bool
         if problem := _first_difference(started) or _lack_of_space(save.root, started):
             raise CheckpointError(f"{failed}: {problem}")
         reports = _together(ranks, failed, lambda: write_shard(save.disk, save.shard, mine, _marks(save), are_private))
-        _together(ranks, failed, lambda: _commit(save, reports))
+        _together(ranks, failed, lambda: commit_shards(save, reports))
     except CheckpointError:
-        _discard(save)
+        discard(save)
         raise
     in_place = (
         f"checkpoint step {save.step} is in place in {save.root}, but syncing its name and pruning older ones failed"
@@ -222,8 +222,8 @@ def _whole(report: JSON, key: str) -> int:
     return value
 
 
-def _commit(save: Save, reports: list[JSON]) -> None:
-    """Lines 3 and 4."""
+def commit_shards(save: Save, reports: list[JSON]) -> None:
+    """Lines 3 and 4, on rank 0. reports: what `write_shard` returned for each file. Raises CheckpointError."""
     if save.ranks.rank != 0:
         return
     tensors: dict[str, JSON] = {}
@@ -267,8 +267,11 @@ def _tidy(save: Save) -> None:
         raise disk_failure(save.root / "latest", error) from error
 
 
-def _discard(save: Save) -> None:
-    """Remove an unfinished save. The next one clears what cannot be removed now; the first error matters more."""
+def discard(save: Save) -> None:
+    """Remove an unfinished save, on all ranks together.
+
+    The next one clears what cannot be removed now; the first error matters more.
+    """
     try:
         save.disk.remove(save.shard)
     except OSError:

@@ -145,6 +145,13 @@ def read_lease(path: Path) -> Holder | None:
         return None
 
 
+def require_idle(path: Path) -> None:
+    """Raise CheckpointError if the lease at `path` says that a run lives; for tools that change its folder."""
+    holder = read_lease(path)
+    if holder is not None and _may_live(holder, Nodes()):
+        raise CheckpointError(f"{path.parent} is in use by {_name(holder)}. Stop it first.")
+
+
 def _take(files: RunFiles, nodes: Nodes) -> Lease:
     """Wait until nobody holds the run, for as long as it takes to know, and take it."""
     first: Holder | None = None
