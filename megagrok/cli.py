@@ -272,6 +272,20 @@ def run_slurm_preflight(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_slurm_bandwidth(options: argparse.Namespace) -> int:
+    """Inside a step: measure an all-reduce with the other tasks; the first of them prints it."""
+    from megagrok.parallel.bandwidth import measure_bandwidth
+    from megagrok.parallel.placement import Placement
+    from megagrok.slurm.environment import this_task
+    from megagrok.slurm.preflight import BANDWIDTH_PREFIX
+
+    task = this_task()
+    found = measure_bandwidth(Placement(task.rank, task.count, task.local_rank, task.address, task.port))
+    if task.rank == 0:
+        print(f"{BANDWIDTH_PREFIX}{found:.6g}")
+    return 0
+
+
 def run_slurm_status(options: argparse.Namespace) -> int:
     """Print how a run stands."""
     from megagrok.slurm.report import status
@@ -477,6 +491,10 @@ def _add_slurm_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("token", metavar="TOKEN", help="what the file there has to hold")
 
 
+def _add_nothing(parser: argparse.ArgumentParser) -> None:
+    """A command without arguments."""
+
+
 def _add_slurm_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN|JOB", help="folder of a run, or number of a job")
 
@@ -510,6 +528,7 @@ COMMANDS = {
     "slurm why": Command("Five lines on what ended a run, and what to type next.", _add_slurm_run, run_slurm_why),
     "slurm cancel": Command("Save, end, and stay ended.", _add_slurm_run, run_slurm_cancel),
     "slurm supervise": Command("What a job script starts: not for typing.", _add_slurm_config, run_slurm_supervise),
+    "slurm bandwidth": Command("What srun starts to measure: not for typing.", _add_nothing, run_slurm_bandwidth),
     "slurm preflight": Command(
         "What srun starts on each node: not for typing.", _add_slurm_preflight, run_slurm_preflight
     ),

@@ -66,6 +66,31 @@ def node_name(variables: Mapping[str, str] = os.environ) -> str:
         raise MachineError("this process is in no step of a Slurm job: srun starts it") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """This process as srun placed it among its step's tasks. `address` and `port` are where task 0 can be met."""
+
+    rank: int
+    count: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def this_task(variables: Mapping[str, str] = os.environ) -> Task:
+    """The task. Raises MachineError outside of a step."""
+    try:
+        return Task(
+            rank=int(variables["SLURM_PROCID"]),
+            count=int(variables["SLURM_NTASKS"]),
+            local_rank=int(variables["SLURM_LOCALID"]),
+            address=variables["MASTER_ADDR"],
+            port=int(variables["MASTER_PORT"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise MachineError(f"this process is in no step that a supervisor started ({error})") from error
+
+
 def gpus_shown(variables: Mapping[str, str] = os.environ) -> int:
     """GPUs that Slurm gave to this task, by its variables."""
     return len([device for device in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if device])

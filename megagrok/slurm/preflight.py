@@ -24,6 +24,7 @@ from megagrok.slurm.cluster import PreflightConfig
 from megagrok.slurm.environment import gpus_shown, node_name
 
 PREFIX = "megagrok-preflight "
+BANDWIDTH_PREFIX = "megagrok-bandwidth "
 _PACKAGES = (
     "torch", "megatron-core", "deepspeed", "transformer-engine", "safetensors", "numpy", "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
@@ -85,6 +86,15 @@ def look_at_this_node(folder: Path, token: str) -> NodeFacts:
 def answer(facts: NodeFacts) -> str:
     """The line that a node prints."""
     return PREFIX + json.dumps(asdict(facts))
+
+
+def read_bandwidth(line: str) -> float | None:
+    """The GB/s in a line of srun's output; None if it is something else."""
+    _, found, text = line.partition(BANDWIDTH_PREFIX)
+    try:
+        return float(text) if found else None
+    except ValueError:
+        return None
 
 
 def read_answer(line: str) -> NodeFacts | None:

@@ -20,6 +20,7 @@ from typing import Literal
 from megagrok.config.problems import Problem, raise_problems
 from megagrok.errors import EXIT_PREEMPTED, MachineError
 from megagrok.plan import require_runnable
+from megagrok.slurm.bandwidth import slow_nodes
 from megagrok.slurm.checks import layout_problems
 from megagrok.slurm.decide import Action, Decision, Ended, Situation, decide, ended_of
 from megagrok.slurm.environment import Job, environment, this_job
@@ -33,7 +34,7 @@ from megagrok.slurm.journal import (
     since_submission,
     write_line,
 )
-from megagrok.slurm.preflight import NodeFacts, judge, make_probe, read_answer, unseen
+from megagrok.slurm.preflight import NodeFacts, judge, make_probe, read_answer, read_bandwidth, unseen
 from megagrok.slurm.queue import call, job_state, node_address, node_names
 from megagrok.slurm.script import Submission, render, word_problems
 from megagrok.slurm.step import Step, collect_lines, megagrok_command, srun_command
@@ -172,6 +173,10 @@ class Supervisor:
         for node in lost:
             unfit.setdefault(node, []).append(f"what it writes in {self.files.root} does not arrive here")
         fit = [node for node in candidates if node not in unfit]
+        if limits.min_bandwidth_gb_per_second and len(fit) >= max(2, self.submission.nodes):
+            least = limits.min_bandwidth_gb_per_second
+            unfit |= slow_nodes(fit, self.submission.nodes, self._bandwidth, least)
+            fit = [node for node in fit if node not in unfit]
         # A stable sort: Slurm's order among equals.
         fit.sort(key=lambda node: node in failed_before)
         words = [f"{node}: {'; '.join(reasons)}" for node, reasons in unfit.items()]
@@ -182,6 +187,27 @@ class Supervisor:
             "preflight", f"{len(fit)} of {len(self.nodes)} nodes are fit{left_out}", unfit=sorted(unfit), fit=fit
         )
         return fit
+
+    def _bandwidth(self, nodes: Sequence[str], number: int) -> float | None:
+        """GB/s of an all-reduce over all GPUs of the nodes, or one process each; None if they did not meet."""
+        found: list[float] = []
+
+        def take(line: str, arrived_at: float) -> bool:
+            if (value := read_bandwidth(line)) is not None:
+                found.append(value)
+            return value is not None
+
+        address, port = node_address(nodes[0], self.environment), 20000 + (self.job.id + 997 + number) % 20000
+        variables = {**self.environment, "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        command = srun_command(
+            self.submission, nodes, megagrok_command(self.submission, "slurm", "bandwidth"),
+            tasks_per_node=max(1, self.submission.cluster.gpus_per_node),
+        )  # fmt: skip
+        limit_seconds = self.submission.cluster.preflight.timeout_seconds
+        rest = collect_lines(command, variables, limit_seconds=limit_seconds, take=take)
+        if not found:
+            self._say(f"no bandwidth between {', '.join(nodes)}: {rest.strip()[-500:]}")
+        return found[0] if found else None
 
     def _down(self, nodes: Sequence[str]) -> list[str]:
         """The nodes that Slurm holds for dead, or does not hear. A step that includes one does not start."""
@@ -241,7 +267,8 @@ class Supervisor:
         if last is None or last.event == "ended":
             return
         before = last.number("after") or 0
-        ended = ended_of(self._attempt_after(before), last.words("nodes"), None)
+        nodes = last.words("nodes")
+        ended = ended_of(self._attempt_after(before), nodes, None, self._down(nodes))
         self._write_end(ended, before, job=last.job, restart=last.restart)
 
     def _attempt_after(self, generation: int) -> Attempt | None:

@@ -40,7 +40,10 @@ def main(arguments: list[str]) -> int:
             generation=generation, node=index, num_nodes=int(os.environ["SLURM_NNODES"]), host=node,
             job=os.environ["SLURM_JOB_ID"], restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)), pid=os.getpid(),
             started_at=time.time(), at=time.time(), ending=ending,
-            ranks=tuple(RankState(rank=2 * index + n, pid=1, phase="step", step=step, beats=1, age_seconds=0.1) for n in (0, 1)),
+            ranks=tuple(
+                RankState(rank=rank, pid=1, phase="step", step=step, beats=1, age_seconds=0.1)
+                for rank in (2 * index, 2 * index + 1)
+            ),
         )  # fmt: skip
 
     write_page(root, page(None))

@@ -1,4 +1,4 @@
-"""In a real job, on real nodes: what the supervisor does when something ends. Launchers are stand-ins that train nothing."""
+"""In a real job, on real nodes: what the supervisor does when something ends. Launchers are stand-ins here."""
 
 import json
 import shutil

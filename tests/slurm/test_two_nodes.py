@@ -1,9 +1,7 @@
 """The real trainer on two nodes of a real Slurm: warned, preempted, cut off, and still the run that nobody touched."""
 
 import shutil
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -66,21 +64,27 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     return RunFiles(folder / "runs" / "law")
 
 
-@pytest.fixture
-def story(cluster: Cluster, desk: Desk, untouched: RunFiles) -> Story:
-    """The same run, submitted by one command."""
+def submit(cluster: Cluster, desk: Desk, untouched: RunFiles, *, spare_nodes: int = 1) -> Story:
+    """The same run, by one command."""
     shutil.copytree(untouched.root.parents[1] / "cache", desk.folder / "cache")
     desk.config.write_text(RUN.format(configs=CONFIGS, steps=STEPS, cache=desk.folder / "cache"), encoding="utf-8")
-    desk.cluster.write_text(CLUSTER + "environment:\n  OMP_NUM_THREADS: 1\n", encoding="utf-8")
+    site = CLUSTER.replace("spare_nodes: 1", f"spare_nodes: {spare_nodes}")
+    desk.cluster.write_text(site + "environment:\n  OMP_NUM_THREADS: 1\n", encoding="utf-8")
     ran = megagrok(cluster, desk, "slurm", "submit", desk.config)
     assert ran.status == 0, ran.err
     return Story(cluster, desk, RunFiles(desk.folder / "runs" / "law"), int(ran.out.split("job ")[1].partition(",")[0]))
 
 
-def test_preempted_cut_off_and_requeued_it_is_the_run_that_nobody_touched(story: Story, untouched: RunFiles) -> None:
-    cluster = story.cluster
+def need_cables(cluster: Cluster) -> None:
     if not cluster.has_own_nodes:
         pytest.skip("a node's cable can be pulled only where nodes have namespaces of their own")
+
+
+def test_preempted_cut_off_and_requeued_it_is_the_run_that_nobody_touched(
+    cluster: Cluster, desk: Desk, untouched: RunFiles
+) -> None:
+    need_cables(cluster)
+    story = submit(cluster, desk, untouched)
     wait_for_step(story, 6)
     urgent = int(cluster.output("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "--wrap=sleep 1"))
     cluster.wait_for(urgent, "COMPLETED", limit_seconds=120)
@@ -98,11 +102,22 @@ def test_preempted_cut_off_and_requeued_it_is_the_run_that_nobody_touched(story:
     *_, last = story.lines("attempt")
     assert last.words("nodes") == ["node1", "node3"]
     assert_same_run(story.files, untouched, STEPS)
-    print(*(f"{line.at:.1f} {line.event} {line.text}" for line in read_journal(story.files)), sep="\n")
 
 
-def test_it_runs(story: Story, untouched: RunFiles) -> None:
-    job = story.cluster.wait_for(story.job, *OVER, limit_seconds=240)
-    print(story.log())
+@pytest.mark.parametrize(("spare_nodes", "pulled"), [(0, "node2"), (0, "node1"), (1, "node1")])
+def test_a_lost_node_costs_no_step_that_was_saved(
+    spare_nodes: int, pulled: str, cluster: Cluster, desk: Desk, untouched: RunFiles
+) -> None:
+    need_cables(cluster)
+    story = submit(cluster, desk, untouched, spare_nodes=spare_nodes)
+    wait_for_step(story, 11)
+    cluster.unplug(pulled)
+    try:
+        job = cluster.wait_for(story.job, *OVER, limit_seconds=300)
+        if (successor := story.lines("submitted")[-1].job) != story.job:
+            job = cluster.wait_for(successor, *OVER, limit_seconds=300)
+    finally:
+        cluster.plug(pulled)
+        print(*(f"{line.at:.1f} {line.event} {line.text}" for line in read_journal(story.files)), sep="\n")
     assert job["JobState"] == "COMPLETED", story.log()
     assert_same_run(story.files, untouched, STEPS)
