@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints-cpu.txt
 INSTALLED := .venv/installed
 
-.PHONY: setup train check test clean
+.PHONY: setup train check test faults chaos clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -36,6 +36,16 @@ check: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+# Seconds to two minutes: the laws of docs/reliability that every commit checks, also part of make test.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "fault and not slow" $(PYTEST_ARGS)
+
+# A quarter of an hour on two cores: the rest of them. The reports are left in docs/reliability.
+chaos: setup
+	$(BIN)/megagrok drill kill --rounds 100 --seed 1 --report docs/reliability/kill
+	$(BIN)/megagrok drill preempt node-loss hang slow corrupt disk-full nan --rounds 10 --seed 1 --report docs/reliability/drill
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "fault and slow" -rA --no-header --tb=short | tee docs/reliability/slow-tier.txt
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

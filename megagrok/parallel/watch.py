@@ -5,7 +5,7 @@ then all its peers are silent too, because they wait for it. So the launcher ask
 ranks' handler is C code that needs no lock and no cooperation) and looks for the one that does not wait for the others.
 """
 
-import linecache
+import functools
 import os
 import re
 import signal
@@ -167,11 +167,16 @@ def _waits(stack: str) -> bool:
     return frame is not None and is_waiting_at(frame["file"], int(frame["line"]))
 
 
+@functools.lru_cache(maxsize=4096)
 def is_waiting_at(file: str, line: int) -> bool:
     """Whether a place in the code is one where a rank waits for its peers."""
     if any(part in file for part in _WAITING_FILES):
         return True
-    return _WAITING_LINE.search(linecache.getline(file, line)) is not None
+    try:
+        text = Path(file).read_text(encoding="utf-8").splitlines()[line - 1]
+    except (OSError, ValueError, IndexError):
+        return False  # no file: code that Python made itself
+    return _WAITING_LINE.search(text) is not None
 
 
 def phase_limits(watch: WatchConfig) -> dict[Phase, float]:

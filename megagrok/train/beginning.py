@@ -40,6 +40,8 @@ class Request:
     """Go on though the data are not those of the checkpoint, and record it."""
     inject: Optional[Inject] = None  # noqa: UP045  # the alias is text
     """Called in every step of every rank before its gradients are reduced; for drills."""
+    looks_back: bool = True
+    """At the end of the run, write the report and a sample of its text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,7 @@ def launch(run: RunConfig, files: RunFiles, nodes: Nodes, stop: StopRequest, req
                 timeout_seconds=collective_timeout_seconds(run),
             )
             _run_watched(run, files, prepared, start, logbook, lease, nodes, on_gpus)
-            if nodes.index == 0:
+            if nodes.index == 0 and request.looks_back:
                 from megagrok.train.finish import finish_run
 
                 finish_run(run, files, find_platform() if on_gpus else CPU)

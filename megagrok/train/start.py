@@ -66,7 +66,8 @@ def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement, requ
             timeout_seconds=timeout,
         )
         train_rank(ranks, run, files, prepared, start)
-        on_rank_0(ranks, lambda: finish_run(run, files, platform))
+        if request.looks_back:
+            on_rank_0(ranks, lambda: finish_run(run, files, platform))
 
 
 @contextmanager
