@@ -144,6 +144,21 @@ def run_audit_data(options: argparse.Namespace) -> int:
     return DataError.exit_code if found.problems else 0
 
 
+def run_replay(options: argparse.Namespace) -> int:
+    """Make one step of a run again and compare; 1 if it does not come out as recorded."""
+    files = RunFiles(options.run)
+    if not files.config.exists():
+        raise CheckpointError(f"{options.run} is not the folder of a run: it has no {files.config.name}")
+    loaded = decode_config(files.config, options.overrides)
+    require_runnable(loaded)
+    from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
+
+    drop_vain_warnings_on_cpu()
+    from megagrok.train.replay import replay
+
+    return int(not replay(loaded.config, files, options.step))
+
+
 def run_ckpt_list(options: argparse.Namespace) -> int:
     """Print a line for each checkpoint; 4 if none looks sound."""
     from megagrok.checkpoint.catalog import checkpoints_of, list_checkpoints, table
@@ -417,6 +432,12 @@ def _add_accept(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
+    parser.add_argument("step", type=_count, metavar="STEP", help="the step to make again")
+    _add_overrides(parser)
+
+
 def _add_audit_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
 
@@ -507,6 +528,7 @@ def _add_slurm_logs(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "train": Command("Train, or go on training, on this machine or as a rank.", _add_train, run_train),
     "resume": Command("Go on with a run as it was last started.", _add_resume, run_resume),
+    "replay": Command("Make one step of a run again and compare it with the records.", _add_replay, run_replay),
     "audit-data": Command("Prove that every sample was used exactly once.", _add_audit_data, run_audit_data),
     "ckpt list": Command("The checkpoints of a run.", _add_ckpt_list, run_ckpt_list),
     "ckpt verify": Command("Read every byte of a run's checkpoints.", _add_ckpt, run_ckpt_verify),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megagrok.data.ledger import (
     FILE_PATTERN,
+    Action,
     Begin,
     Damage,
     DataChange,
@@ -151,6 +152,17 @@ def audit(folder: Path, saved: Mapping[int, int]) -> Audit:
         num_skipped=num_skipped,
         num_left_out=len(left_out_samples),
     )
+
+
+def actions(folder: Path) -> dict[int, Action]:
+    """What became of each step that counts, by the ledger; damaged lines are passed over, see `audit`.
+
+    Raises DataError if there is no ledger.
+    """
+    book = _read(folder)
+    return {
+        step: next(iter(book.steps[part][step].values()))[0].action for part, steps in _history(book) for step in steps
+    }
 
 
 def _read(folder: Path) -> _Book:

@@ -94,9 +94,7 @@ def _stream_text(files: Sequence[Path], *, sample_by: str) -> Iterator[str]:
     # datasets takes every path for a pattern, and finds nothing for one that holds a bracket.
     patterns = [glob.escape(str(path)) for path in files]
     with _scratch() as cache:
-        stream = Dataset.from_text(
-            patterns, streaming=True, sample_by=sample_by, encoding="utf-8-sig", cache_dir=cache
-        )
+        stream = Dataset.from_text(patterns, streaming=True, sample_by=sample_by, encoding="utf-8-sig", cache_dir=cache)
         yield from (row["text"] for row in stream)
 
 

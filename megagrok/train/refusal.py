@@ -160,20 +160,54 @@ class Refusals:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadStep:
+    """What a page of bad/ says that is needed again."""
+
+    run_id: str
+    step: int
+    left_out: tuple[tuple[int, int], ...]
+    """Samples [from, to) that rewinds had left out of the run by then, with this step."""
+    first_sample: int
+    """Of the step."""
+    loss: float
+    grad_norm: float
+
+
+def read_bad_step(files: RunFiles, step: int) -> BadStep | None:
+    """The page of a step; None if no guard refused it, or the page cannot be read."""
+    try:
+        page = json.loads(files.bad_step(step).read_bytes())
+        return BadStep(
+            run_id=str(page["run_id"]),
+            step=int(page["step"]),
+            left_out=tuple((int(low), int(high)) for low, high in page["left_out"]),
+            first_sample=min(int(sample) for rank in page["ranks"] for sample in rank["sample_ids"]),
+            loss=float(page["loss"]),
+            grad_norm=float(page["grad_norm"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_bad_steps(files: RunFiles) -> list[BadStep]:
+    """All pages that can be read, by step."""
+    steps = sorted(int(path.stem) for path in files.bad_step(0).parent.glob("*.json") if path.stem.isdecimal())
+    return [page for step in steps if (page := read_bad_step(files, step)) is not None]
+
+
 def left_out_on_record(files: RunFiles, run_id: str, consumed_samples: int, ranks: Ranks) -> list[tuple[int, int]]:
     """Samples that rewinds of this run have left out at or after a position; for a run that goes on from there.
 
     Collective: rank 0 reads. A page that cannot be read is passed over: its step comes again, and is judged again.
     """
-    found: list[JSON] = []
-    if ranks.rank == 0:
-        for path in sorted(files.root.glob("bad/*.json")):
-            try:
-                page = json.loads(path.read_bytes())
-                if page["run_id"] == run_id:
-                    found += [[int(low), int(high)] for low, high in page["left_out"] if low >= consumed_samples]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
+    found: JSON = [
+        list(range_)
+        for page in (read_bad_steps(files) if ranks.rank == 0 else [])
+        if page.run_id == run_id
+        for range_ in page.left_out
+        if range_[0] >= consumed_samples
+    ]
     agreed = ranks.gather(found)[0]
     assert isinstance(agreed, list)
     return [(int(str(low)), int(str(high))) for low, high in agreed]

@@ -27,6 +27,8 @@ from megagrok.train.start import start_training
 from tests.train.commands import Command, Done
 
 Inject = Callable[[int, Engine], None]
+EXPERTS = ("parallel.data=2", "parallel.expert=2")
+SPIKES = ("guard.on_spike=rewind", "guard.window_steps=8", "checkpoint.every_steps=3")
 
 
 class Injected(Command):
@@ -59,6 +61,21 @@ def spoil(engine: Engine, value: float) -> None:
     """Put `value` into one element of the last expert's accumulated gradient on this rank."""
     item = [item for item in engine.local_parameters if item.is_expert][-1]
     engine._gradient_of(item.parameter).view(-1)[-1] = value
+
+
+def spike_once(step_of_spike: int, then: Inject | None = None) -> Inject:
+    """A gradient a thousand times too large, the first time that a step comes; `then` when it comes again."""
+    came: list[int] = []
+
+    def inject(step: int, engine: Engine) -> None:
+        if step == step_of_spike and not came:
+            came.append(step)
+            for item in engine.local_parameters:
+                engine._gradient_of(item.parameter).mul_(1000.0)
+        elif step == step_of_spike and then is not None:
+            then(step, engine)
+
+    return inject
 
 
 def train_plainly(

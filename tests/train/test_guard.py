@@ -18,10 +18,9 @@ from megagrok.errors import EXIT_BUG, EXIT_TRANSIENT
 from megagrok.train.files import RunFiles
 from megagrok.train.guard import Guard
 from tests.train.commands import assert_same_bits, lines, run, tensors
-from tests.train.injected import Inject, spoil, train_injected, train_plainly
+from tests.train.injected import EXPERTS, SPIKES, Inject, spike_once, spoil, train_injected, train_plainly
 
 STEPS = 8
-EXPERTS = ("parallel.data=2", "parallel.expert=2")
 LAYOUTS = {
     "experts": EXPERTS,
     "stages": ("parallel.pipeline=2",),
@@ -34,12 +33,8 @@ SLOW = ("stages", "tensor", "no ZeRO", "bf16")
 STRIKES = {2: (1, float("nan")), 5: (0, float("inf")), 7: (1, 1e30)}
 
 
-def rank_of(engine: Engine) -> int:
-    return torch.distributed.get_rank()
-
-
 def strike(step: int, engine: Engine) -> None:
-    if step in STRIKES and rank_of(engine) == STRIKES[step][0]:
+    if step in STRIKES and torch.distributed.get_rank() == STRIKES[step][0]:
         spoil(engine, STRIKES[step][1])
 
 
@@ -74,24 +69,6 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_by_all(config: Pat
     assert all(rank["document_ids"] for rank in page["ranks"])
 
 
-def spike_once(step_of_spike: int, then: Inject | None = None) -> Inject:
-    """A gradient a thousand times too large, the first time that a step comes; `then` when it comes again."""
-    came: list[int] = []
-
-    def inject(step: int, engine: Engine) -> None:
-        if step == step_of_spike and not came:
-            came.append(step)
-            for item in engine.local_parameters:
-                engine._gradient_of(item.parameter).mul_(1000.0)
-        elif step == step_of_spike and then is not None:
-            then(step, engine)
-
-    return inject
-
-
-SPIKES = ("guard.on_spike=rewind", "guard.window_steps=8", "checkpoint.every_steps=3")
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name != "experts" else name for name in LAYOUTS]
 )
@@ -115,7 +92,7 @@ def test_a_run_that_is_killed_on_its_way_back_leaves_the_same_samples_out(config
     files = RunFiles(tmp_path / "runs" / "law")
 
     def die(step: int, engine: Engine) -> None:
-        if rank_of(engine) == 1:
+        if torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     train_injected(spike_once(5, then=die), config, *EXPERTS, *SPIKES, folder=tmp_path, status=EXIT_TRANSIENT)
@@ -169,7 +146,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(config: Path, tmp_path: Path
     files = RunFiles(tmp_path / "runs" / "law")
 
     def inject(step: int, engine: Engine) -> None:
-        if step == 3 and rank_of(engine) == 1:
+        if step == 3 and torch.distributed.get_rank() == 1:
             held = shards(engine._deepspeed, engine.local_parameters)
             held[0].moments["exp_avg_sq"][0] = float("inf")
 
@@ -182,7 +159,7 @@ def flip(step_of_fault: int, rank: int, kind: str) -> Inject:
     """Turn one bit of one weight on one rank, in one step."""
 
     def inject(step: int, engine: Engine) -> None:
-        if step == step_of_fault and rank_of(engine) == rank:
+        if step == step_of_fault and torch.distributed.get_rank() == rank:
             item = next(item for item in engine.local_parameters if kind in item.parts[0].name)
             with torch.no_grad():
                 item.parameter.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
