@@ -131,7 +131,10 @@ def _watch(folder: Path, notes: Path) -> None:
         for path in arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
             # A descriptor is of a file that was opened before, and seen then.
             if isinstance(path, str | bytes | os.PathLike):
-                real = os.path.realpath(os.fspath(path) if not isinstance(path, bytes) else path.decode())
+                text = os.fspath(path) if not isinstance(path, bytes) else path.decode()
+                # A link that is opened leads elsewhere; one that is renamed or removed is itself what goes.
+                parent, name = os.path.split(text)
+                real = os.path.realpath(text) if event == "open" else os.path.join(os.path.realpath(parent), name)
                 if not real.startswith(allowed):
                     _note(notes / "outside", f"{event} {real}\n")
 

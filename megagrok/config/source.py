@@ -7,6 +7,7 @@ saying so, which the decoder reports where the value is used.
 
 import difflib
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,9 +242,14 @@ def _number(text: str, place: str) -> Scalar:
 
 def _read_text(path: Path, problems: list[Problem]) -> str | None:
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
         if size > MAX_BYTES:
             problems.append(Problem("", f"{path}: {size:,} bytes, a configuration has at most {MAX_BYTES:,} (1 MiB)"))
+            return None
+        # A device would never end and a pipe might never begin; a folder says so itself.
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            problems.append(Problem("", f"{path}: is a device or a pipe, needs a file"))
             return None
         data = path.read_bytes()
     except (OSError, ValueError) as error:

@@ -146,7 +146,9 @@ def _decode(line: bytes, place: str) -> Record:
 def _replace(path: Path, text: bytes) -> None:
     """Put `text` at `path` whole or not at all."""
     new = path.with_name(path.name + ".new")
-    with new.open("wb") as stream:
+    # A link of that name, whoever put it there, is not followed.
+    new.unlink(missing_ok=True)
+    with new.open("xb") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

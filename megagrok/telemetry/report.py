@@ -71,7 +71,10 @@ def write_report(
         + "\n</body></html>\n"
     )
     new = path.with_name(path.name + ".new")
-    new.write_text(page, encoding="utf-8")
+    # A link of that name, whoever put it there, is not followed.
+    new.unlink(missing_ok=True)
+    with new.open("x", encoding="utf-8") as file:
+        file.write(page)
     os.replace(new, path)
 
 
