@@ -3,7 +3,7 @@
 Rows of `check`, `describe` and `slurm` run on a login node, a process that has never imported torch; rows of `train`
 are forked from one that has imported everything. So the seconds of a row are those of the command without imports.
 Numbers are those of the list that the house was built to; what this stack does not have is listed below with its
-reason, and what needs a cluster is proven by the test named there.
+reason, and what needs nodes or a server is proven by the test named there.
 """
 
 import json
@@ -42,21 +42,21 @@ GOOD = TINY + '  held_out_fraction: 0.2\ntelemetry:\n  wandb: "off"\n'
 """A run of tokens `corpus`; only they are missing."""
 
 NOT_HERE = {
-    24: "nodes that differ in GPUs, drivers or versions: needs such nodes; a job's preflight compares them",
     10: "group-limited routing: the model has one group of experts; such a key is unknown and refused as 29",
     23: "bf16 on a GPU without it: needs such a GPU; platform.check_precision refuses it there, tests/test_platform.py",
     33: "a DeepSpeed JSON beside our file: users never write one, megagrok makes it from its own settings",
     55: "a checkpoint whose state cannot be resharded: the format has no layout, every one can",
-    68: "a rendezvous that another node cannot reach: needs nodes; a job's preflight tries it",
-    69: "clocks, limits and mounts of nodes: needs nodes; a job's preflight looks at them",
-    70: "W&B that cannot be reached is no refusal: the run trains on, tests/telemetry/test_tracker.py",
     75: "a process group's timeout below a save: nobody sets one, it is 120 s above the longest limit under watch",
 }
-ELSEWHERE: dict[int, str] = {
+ELSEWHERE = {
+    24: "tests/slurm/test_preflight.py::test_a_node_that_differs_is_named_with_its_reason",
     66: "tests/slurm/test_submit.py::test_what_slurm_passes_over_in_silence_is_found",
     67: "tests/slurm/test_submit.py::test_what_the_cluster_does_not_have_is_refused_in_slurms_words",
+    68: "tests/parallel/test_crew.py::test_an_address_without_a_name_behind_it_is_refused",
+    69: "tests/slurm/test_preflight.py::test_a_clock_that_is_off_is_told",
+    70: "tests/telemetry/test_tracker.py::test_a_server_that_never_answers_holds_neither_a_step_nor_the_end",
 }
-"""Rows that take nodes: proven on a real Slurm."""
+"""Rows that take nodes, a scheduler or a server, and the test that has them."""
 
 Make = Callable[[Path], AbstractContextManager[object] | None]
 
@@ -412,6 +412,7 @@ RESUMED = [
     Row(54, "train run.yaml train.steps=1", 4, r"has more steps behind it than train.steps = 1. Fix: train.steps=2"),
     Row(56, "generate runs/t --step 2", 4,
         r"step-00000002.*rank-00000.safetensors.* digest", flipped("step-*2/*.safetensors")),
+    Row(56, "ckpt verify runs/t", 4, r"step-00000002.*rank-00000.safetensors", flipped("step-*2/*.safetensors")),
     Row(56, "train run.yaml", 4,
         r"none of 2 checkpoints is sound", cut_short("runs/t/checkpoints/step-*/*.safetensors")),
     Row(57, "resume runs/t", 4, r"has no checkpoint to go on from, and resume does not start from scratch",
@@ -430,13 +431,13 @@ RESUMED = [
 
 def refused(row: Row, folder: Path, login: LoginNode) -> Outcome:
     """What became of a row, after all that holds for every row."""
-    run = run_here if row.words[0] in ("train", "generate") else login.run
+    run = run_here if row.words[0] in ("train", "generate", "ckpt") else login.run
     environment = {"TMPDIR": str(folder), **row.environment}
     with row.make(folder) or nullcontext():
         ended = run(row.words, folder, environment)
     said = ended.out + ended.err
     assert ended.status == row.status, said
-    assert re.search(row.text, ended.err), said
+    assert re.search(row.text, said), said
     assert "Traceback" not in said
     assert HARMLESS_SECRET not in said
     assert ended.seconds < row.limit_seconds
@@ -517,7 +518,7 @@ def test_all_75_are_refused_or_listed_with_the_reason(capsys: pytest.CaptureFixt
         path, _, test = place.partition("::")
         assert f"def {test}" in (ROOT / path).read_text(encoding="utf-8"), (number, place)
     with capsys.disabled():
-        print(f"\n{len(here)} bad inputs refused here, {len(ELSEWHERE)} where there are nodes, "
+        print(f"\n{len(here)} bad inputs refused here, {len(ELSEWHERE)} where there are nodes or servers, "
               f"{len(NOT_HERE)} have nothing to act on:")  # fmt: skip
         for number, why in sorted(NOT_HERE.items()):
             print(f"  {number}: {why}")
