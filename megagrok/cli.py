@@ -287,6 +287,14 @@ def run_slurm_preflight(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_slurm_guard(options: argparse.Namespace) -> int:
+    """Inside a step on another node: requeue the job if its first node is lost."""
+    from megagrok.slurm.guard import guard
+
+    guard(options.job, options.head)
+    return 0
+
+
 def run_slurm_bandwidth(options: argparse.Namespace) -> int:
     """Inside a step: measure an all-reduce with the other tasks; the first of them prints it."""
     from megagrok.parallel.bandwidth import measure_bandwidth
@@ -516,6 +524,11 @@ def _add_nothing(parser: argparse.ArgumentParser) -> None:
     """A command without arguments."""
 
 
+def _add_slurm_guard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", type=_count, metavar="JOB", help="number of the job")
+    parser.add_argument("head", metavar="NODE", help="first node of the job, where its supervisor runs")
+
+
 def _add_slurm_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN|JOB", help="folder of a run, or number of a job")
 
@@ -551,6 +564,7 @@ COMMANDS = {
     "slurm cancel": Command("Save, end, and stay ended.", _add_slurm_run, run_slurm_cancel),
     "slurm supervise": Command("What a job script starts: not for typing.", _add_slurm_config, run_slurm_supervise),
     "slurm bandwidth": Command("What srun starts to measure: not for typing.", _add_nothing, run_slurm_bandwidth),
+    "slurm guard": Command("What watches the supervisor: not for typing.", _add_slurm_guard, run_slurm_guard),
     "slurm preflight": Command(
         "What srun starts on each node: not for typing.", _add_slurm_preflight, run_slurm_preflight
     ),

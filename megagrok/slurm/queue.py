@@ -89,6 +89,14 @@ def job_state(job: int, environment: Mapping[str, str]) -> JobState | None:
     )
 
 
+def down_nodes(nodes: Sequence[str], environment: Mapping[str, str], *, or_silent: bool = False) -> list[str]:
+    """Those of `nodes` that Slurm holds for dead; with `or_silent` those too that have missed a call of Slurm's."""
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t"]
+    words = [line.split() for line in call(command, environment=environment).out.splitlines()]
+    down = {name for name, state in words if "down" in state or (or_silent and state.endswith("*"))}
+    return [node for node in nodes if node in down]
+
+
 def node_names(node_list: str, environment: Mapping[str, str]) -> list[str]:
     """A folded list of nodes, unfolded by Slurm. Raises MachineError if it cannot be."""
     answer = call(["scontrol", "show", "hostnames", node_list], environment=environment)

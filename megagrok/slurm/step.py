@@ -19,9 +19,14 @@ _PATIENCE_SECONDS = 30.0
 
 
 def srun_command(
-    submission: Submission, nodes: Sequence[str], command: Sequence[str], *, tasks_per_node: int = 1
+    submission: Submission,
+    nodes: Sequence[str],
+    command: Sequence[str],
+    *,
+    tasks_per_node: int = 1,
+    on_host: bool = False,
 ) -> list[str]:
-    """srun with a task on each of `nodes`, in the container if the cluster file has one.
+    """srun with tasks on each of `nodes`, in the container if the cluster file has one and they are not for the host.
 
     overlap: a step that a dead node keeps from ending must not keep the next one from starting.  No binding: a launcher
     forks ranks, which need all of the node's cores.  Tasks are not killed because another has ended: launchers agree
@@ -31,7 +36,7 @@ def srun_command(
         f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}",
         f"--nodelist={','.join(nodes)}", "--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0", "--label",
     ]  # fmt: skip
-    if (container := submission.cluster.container) is not None:
+    if (container := submission.cluster.container) is not None and not on_host:
         mounts = ",".join(f"{mount.source}:{mount.target}" for mount in container.mounts)
         options += [f"--container-image={container.image}", "--no-container-mount-home"]
         options += [f"--container-workdir={submission.folder}", *([f"--container-mounts={mounts}"] if mounts else [])]
@@ -54,6 +59,11 @@ class Step:
     def start(cls, command: Sequence[str], environment: Mapping[str, str]) -> "Step":
         """Its output is this process's own: the job's log."""
         return cls(subprocess.Popen(list(command), stdin=subprocess.DEVNULL, env=dict(environment), text=True))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether srun has ended."""
+        return self.process.poll() is not None
 
     def ask_to_stop(self) -> None:
         """Pass Slurm's warning on to all tasks. Once: a second signal would end them without a save."""

@@ -35,7 +35,7 @@ from megagrok.slurm.journal import (
     write_line,
 )
 from megagrok.slurm.preflight import NodeFacts, judge, make_probe, read_answer, read_bandwidth, unseen
-from megagrok.slurm.queue import call, job_state, node_address, node_names
+from megagrok.slurm.queue import call, down_nodes, job_state, node_address, node_names
 from megagrok.slurm.script import Submission, render, word_problems
 from megagrok.slurm.step import Step, collect_lines, megagrok_command, srun_command
 from megagrok.slurm.submit import hand_in, keep_script, submit_command
@@ -68,6 +68,10 @@ def supervise(submission: Submission) -> int:
             f"the job has {job.num_nodes} nodes, the layout needs {submission.nodes}. Fix: sbatch -N {submission.nodes}"
         )
         problems.append(Problem("parallel", text))
+    state = job_state(job.id, environment())
+    if state is not None and not state.is_requeueable:
+        text = "this job cannot be requeued, and the run is to come back by itself. Fix: sbatch --requeue"
+        problems.append(Problem("", text))
     raise_problems(problems, str(submission.config_path))
     keep_script(submission, render(submission))
     return Supervisor(submission, job).run()
@@ -81,9 +85,17 @@ class Supervisor:
         self.environment = {**environment(), **{each.name: each.value for each in submission.cluster.environment}}
         self.nodes = node_names(job.node_list, self.environment)
         self.is_asked_to_stop = False
+        self._guard: Step | None = None
 
     def run(self) -> int:
         """Attempt after attempt."""
+        try:
+            return self._run()
+        finally:
+            if self._guard is not None:
+                self._guard.end()
+
+    def _run(self) -> int:
         for number in (signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         # Slurm sends it to every process of a job that it ends; the launchers have it already.
@@ -102,6 +114,7 @@ class Supervisor:
                 fit = self._preflight()
                 decision = self._without_enough(fit) if len(fit) < self.submission.nodes else None
             if decision is None:
+                self._post_guard(fit)
                 decision = self._attempt(fit[: self.submission.nodes])
             if decision.action != "restart":
                 return self._carry_out(decision)
@@ -117,6 +130,24 @@ class Supervisor:
             return self._decided(decide(self._situation(ended)))
         return None
 
+    def _post_guard(self, fit: list[str]) -> None:
+        """Have another node watch this one, if Slurm would let the job live on without it: with spares, --no-kill."""
+        others = [node for node in fit if node != self.nodes[0]]
+        is_needed = self.submission.cluster.spare_nodes > 0 and (self._guard is None or self._guard.is_over)
+        if is_needed and others:
+            command = [
+                self.submission.python,
+                "-u",
+                "-m",
+                "megagrok",
+                "slurm",
+                "guard",
+                str(self.job.id),
+                self.nodes[0],
+            ]
+            arguments = srun_command(self.submission, others[-1:], command, on_host=True)
+            self._guard = Step.start(arguments, self.environment)
+
     def _attempt(self, nodes: list[str]) -> Decision:
         """Start the launchers, wait for their end, and decide."""
         before = max((attempt.generation for attempt in read_attempts(self.files.root)), default=0)
@@ -129,7 +160,7 @@ class Supervisor:
         step = Step.start(srun_command(self.submission, nodes, command), variables)
         patience = Patience(self, step, nodes, before)
         code = step.wait(patience.look)
-        ended = ended_of(self._attempt_after(before), nodes, code, patience.lost or self._down(nodes))
+        ended = ended_of(self._attempt_after(before), nodes, code, patience.lost or down_nodes(nodes, self.environment))
         self._write_end(ended, before)
         return self._decided(decide(self._situation(ended)))
 
@@ -139,8 +170,9 @@ class Supervisor:
         here = [line for line in lines if line.job == self.job.id and line.restart == self.job.restart]
         failed_here = {node for line in here for node in line.words("suspects")}
         failed_before = {node for line in since_submission(lines) for node in line.words("suspects")}
-        down = self._down(self.nodes)
-        candidates = [node for node in self.nodes if node not in failed_here and node not in down]
+        # A step that includes a dead node does not start.
+        gone = {*failed_here, *down_nodes(self.nodes, self.environment, or_silent=True)}
+        candidates = [node for node in self.nodes if node not in gone]
         limits = self.submission.cluster.preflight
         token = f"{self.job.id}-{secrets.token_hex(4)}"
         answers: dict[str, NodeFacts] = {}
@@ -209,13 +241,6 @@ class Supervisor:
             self._say(f"no bandwidth between {', '.join(nodes)}: {rest.strip()[-500:]}")
         return found[0] if found else None
 
-    def _down(self, nodes: Sequence[str]) -> list[str]:
-        """The nodes that Slurm holds for dead, or does not hear. A step that includes one does not start."""
-        command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t"]
-        words = [line.split() for line in call(command, environment=self.environment).out.splitlines()]
-        down = {node for node, state in words if "down" in state or state.endswith("*")}
-        return [node for node in nodes if node in down]
-
     def _without_enough(self, fit: list[str]) -> Decision:
         """Preflight has left too few nodes."""
         unfit = tuple(node for node in self.nodes if node not in fit)
@@ -268,7 +293,7 @@ class Supervisor:
             return
         before = last.number("after") or 0
         nodes = last.words("nodes")
-        ended = ended_of(self._attempt_after(before), nodes, None, self._down(nodes))
+        ended = ended_of(self._attempt_after(before), nodes, None, down_nodes(nodes, self.environment))
         self._write_end(ended, before, job=last.job, restart=last.restart)
 
     def _attempt_after(self, generation: int) -> Attempt | None:
@@ -371,7 +396,7 @@ class Patience:
             self._ended_at = now
         if now - self._asked_at > ASK_SECONDS:
             self._asked_at = now
-            self.lost = self._supervisor._down(self._nodes) or self._silent(pages, now)
+            self.lost = down_nodes(self._nodes, self._supervisor.environment) or self._silent(pages, now)
         return bool(self.lost) or (self._ended_at is not None and now - self._ended_at > LINGER_SECONDS)
 
     def _silent(self, pages: Sequence[NodePage], now: float) -> list[str]:

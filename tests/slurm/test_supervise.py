@@ -16,6 +16,7 @@ from tests.slurm.cluster import Cluster, Ran
 from tests.slurm.conftest import CLUSTER, Desk
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
+LAUNCH = Path(__file__).parents[2] / "launch" / "train.sbatch"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 LIMIT_SECONDS = 60
 
@@ -89,6 +90,16 @@ def tell(cluster: Cluster, desk: Desk, *starts: dict[str, Any], site: str = "", 
     return Story(cluster, desk, files, int(ran.out.split("job ")[1].partition(",")[0]))
 
 
+def sbatch(cluster: Cluster, desk: Desk, *options: str) -> Ran:
+    """The plain script, by a person who has megagrok on the PATH."""
+    command = desk.folder / "on-path" / "megagrok"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m megagrok "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    export = f"--export=ALL,MEGAGROK_CLUSTER={desk.cluster},PATH={command.parent}:/usr/bin:/bin"
+    return cluster.call("sbatch", "--parsable", *options, export, LAUNCH, desk.config, folder=desk.folder)
+
+
 def both(**plan: object) -> dict[str, Any]:
     return {"0": plan, "1": plan}
 
@@ -106,7 +117,7 @@ def test_a_run_that_ends_well_ends_the_job(cluster: Cluster, desk: Desk) -> None
     assert story.why()[4] == f"next   megagrok generate {story.files.root}"
 
 
-@pytest.mark.parametrize("code", [2, 4, 5, 70])
+@pytest.mark.parametrize("code", [2, 70, *(pytest.param(code, marks=pytest.mark.slow) for code in (3, 4, 5))])
 def test_what_a_restart_cannot_cure_is_not_restarted(code: int, cluster: Cluster, desk: Desk) -> None:
     story = tell(cluster, desk, {"0": {"code": code, "rank": 1, "message": "it is so"}, "1": {"code": 75}})
     job = story.end()
@@ -129,6 +140,7 @@ def test_a_killed_rank_costs_its_node_and_the_spare_takes_over(cluster: Cluster,
     assert story.lines("ended")[0].words("suspects") == ["node2"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_raised_does_not_cost_its_node(cluster: Cluster, desk: Desk) -> None:
     story = tell(cluster, desk, {"0": {"code": 75, "rank": 0}, "1": {"code": 75}}, both(code=0))
     assert story.end()["JobState"] == "COMPLETED", story.log()
@@ -161,6 +173,7 @@ def test_three_deaths_at_one_step_end_the_run(cluster: Cluster, desk: Desk) -> N
     assert "3 deaths in a row got no further than step 3" in story.why()[0]
 
 
+@pytest.mark.slow
 def test_restarts_are_counted_and_capped(cluster: Cluster, desk: Desk) -> None:
     steps = [both(code=75, rank=0, step=step) for step in (1, 2, 3)]
     story = tell(cluster, desk, *steps, site="max_restarts: 2")
@@ -182,6 +195,7 @@ def test_a_warning_is_passed_on_once_and_the_job_comes_back(cluster: Cluster, de
     assert "0 after failures, 1 after requeues" in story.call("slurm", "status", story.files.root).out
 
 
+@pytest.mark.slow
 def test_a_requeue_by_slurm_is_left_to_slurm(cluster: Cluster, desk: Desk) -> None:
     story = tell(cluster, desk, both(code=75, seconds=50), both(code=0))
     story.wait_for_start()
@@ -230,6 +244,7 @@ def test_an_unfit_node_is_named_and_the_spare_takes_its_place(cluster: Cluster, 
     assert "2 of 3 nodes are fit, left out: node1: ulimit -n 100, needs 256" in story.log()
 
 
+@pytest.mark.slow
 def test_too_few_fit_nodes_go_to_a_successor_and_none_at_all_to_a_person(cluster: Cluster, desk: Desk) -> None:
     story = tell(cluster, desk, both(code=0), site="spare_nodes: 0", open_files={"node1": 100})
     story.end()
@@ -246,23 +261,23 @@ def test_a_plain_sbatch_does_the_same(cluster: Cluster, desk: Desk) -> None:
     story = tell(cluster, desk, both(code=0))
     story.end()
     shutil.rmtree(story.files.root)
-    script = Path(__file__).parents[2] / "launch" / "train.sbatch"
-    command = desk.folder / "on-path" / "megagrok"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m megagrok "$@"\n', encoding="utf-8")
-    command.chmod(0o755)
-    export = f"ALL,MEGAGROK_CLUSTER={desk.cluster},PATH={command.parent}:/usr/bin:/bin"
-    ran = cluster.call("sbatch", "--parsable", "-N3", f"--export={export}", script, desk.config, folder=desk.folder)
-    job = int(ran.out)
+    job = int(sbatch(cluster, desk, "-N3").out)
     assert cluster.wait_for(job, *OVER)["JobState"] == "COMPLETED", (desk.folder / f"megagrok-{job}.log").read_text()
     assert story.actions() == ["done"]
     assert f"{story.files.root}" == cluster.job(job)["Comment"]
-    ran = cluster.call("sbatch", "--parsable", "-N1", f"--export={export}", script, desk.config, folder=desk.folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["-N1"], "the job has 1 nodes, the layout needs 2"),
+        pytest.param(["-N2", "--array=0-0"], "this job is an array", marks=pytest.mark.slow),
+        pytest.param(["-N2", "--no-requeue"], "cannot be requeued", marks=pytest.mark.slow),
+    ],
+)
+def test_a_job_that_cannot_carry_the_run_ends_at_once(
+    options: list[str], text: str, cluster: Cluster, desk: Desk
+) -> None:
+    ran = sbatch(cluster, desk, *options)
     assert cluster.wait_for(int(ran.out), *OVER)["ExitCode"] == "2:0"
-    assert "the job has 1 nodes, the layout needs 2" in (desk.folder / f"megagrok-{int(ran.out)}.log").read_text()
-    for option, text in (("--array=0-1", "this job is an array"),):
-        ran = cluster.call(
-            "sbatch", "--parsable", "-N2", option, f"--export={export}", script, desk.config, folder=desk.folder
-        )
-        assert cluster.wait_for(int(ran.out), *OVER)["ExitCode"] == "2:0"
-        assert any(text in path.read_text() for path in desk.folder.glob("megagrok-*.log"))
+    assert any(text in path.read_text() for path in desk.folder.glob("megagrok-*.log"))

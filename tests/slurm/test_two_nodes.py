@@ -5,7 +5,6 @@ import time
 
 import pytest
 
-from megagrok.slurm.journal import read_journal
 from megagrok.train.files import RunFiles
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import CLUSTER, CONFIGS, Desk
@@ -104,7 +103,24 @@ def test_preempted_cut_off_and_requeued_it_is_the_run_that_nobody_touched(
     assert_same_run(story.files, untouched, STEPS)
 
 
-@pytest.mark.parametrize(("spare_nodes", "pulled"), [(0, "node2"), (0, "node1"), (1, "node1")])
+def test_the_node_of_the_supervisor_is_lost_and_another_hands_the_job_back(
+    cluster: Cluster, desk: Desk, untouched: RunFiles
+) -> None:
+    need_cables(cluster)
+    # With a spare the job outlives a lost node, and would go on without a head until its time limit.
+    story = submit(cluster, desk, untouched, spare_nodes=1)
+    wait_for_step(story, 11)
+    cluster.unplug("node1")
+    try:
+        cluster.wait_for(story.job, "PENDING", limit_seconds=120)
+    finally:
+        cluster.plug("node1")
+    job = cluster.wait_for(story.job, *OVER, limit_seconds=300)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), story.log()
+    assert_same_run(story.files, untouched, STEPS)
+
+
+@pytest.mark.parametrize(("spare_nodes", "pulled"), [(0, "node2"), (0, "node1")])
 def test_a_lost_node_costs_no_step_that_was_saved(
     spare_nodes: int, pulled: str, cluster: Cluster, desk: Desk, untouched: RunFiles
 ) -> None:
@@ -118,6 +134,5 @@ def test_a_lost_node_costs_no_step_that_was_saved(
             job = cluster.wait_for(successor, *OVER, limit_seconds=300)
     finally:
         cluster.plug(pulled)
-        print(*(f"{line.at:.1f} {line.event} {line.text}" for line in read_journal(story.files)), sep="\n")
     assert job["JobState"] == "COMPLETED", story.log()
     assert_same_run(story.files, untouched, STEPS)
