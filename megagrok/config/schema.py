@@ -248,8 +248,10 @@ class GuardConfig:
     """Good steps that are looked back at; nothing is a spike before there is a quarter of them."""
     max_in_a_row: int = 3
     """The run stops, with exit status 70, at one bad step more than this without a good one between."""
-    replica_check_every_steps: int = 0
-    """Every so many steps, and before each save, ranks that hold the same weights compare hashes of them; 0 never."""
+    replica_check_every_steps: int = 100
+    """Every so many steps, and before each save, ranks that hold the same weights compare hashes of them; 0 never. One
+    check takes 2 % of a step of the tiny model and of the quickstart (measured on 2 CPU cores), 0.02 % at every 100.
+    Under ZeRO an update writes over the weights, so only a fault in a checked step is seen, and none in its shards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

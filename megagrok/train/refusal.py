@@ -216,7 +216,9 @@ def left_out_on_record(files: RunFiles, run_id: str, consumed_samples: int, rank
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as stream:
+    # A link of that name, whoever put it there, is not followed.
+    new.unlink(missing_ok=True)
+    with new.open("x", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
