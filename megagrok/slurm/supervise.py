@@ -211,6 +211,7 @@ class Supervisor:
             fit = [node for node in fit if node not in unfit]
         # A stable sort: Slurm's order among equals.
         fit.sort(key=lambda node: node in failed_before)
+        fit = self._in_slurms_order(fit[: self.submission.nodes]) + fit[self.submission.nodes :]
         words = [f"{node}: {'; '.join(reasons)}" for node, reasons in unfit.items()]
         if rest.strip() and not answers:
             words.append(rest.strip()[-500:])
@@ -220,8 +221,13 @@ class Supervisor:
         )
         return fit
 
-    def _bandwidth(self, nodes: Sequence[str], number: int) -> float | None:
+    def _in_slurms_order(self, nodes: Sequence[str]) -> list[str]:
+        """As Slurm will number them, whatever order srun is given: task 0, whom the others meet, is on the first."""
+        return [node for node in self.nodes if node in nodes]
+
+    def _bandwidth(self, pair_or_all: Sequence[str], number: int) -> float | None:
         """GB/s of an all-reduce over all GPUs of the nodes, or one process each; None if they did not meet."""
+        nodes = self._in_slurms_order(pair_or_all)
         found: list[float] = []
 
         def take(line: str, arrived_at: float) -> bool:

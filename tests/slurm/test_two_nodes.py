@@ -79,6 +79,7 @@ def need_cables(cluster: Cluster) -> None:
         pytest.skip("a node's cable can be pulled only where nodes have namespaces of their own")
 
 
+@pytest.mark.fault("F9")
 def test_preempted_cut_off_and_requeued_it_is_the_run_that_nobody_touched(
     cluster: Cluster, desk: Desk, untouched: RunFiles
 ) -> None:

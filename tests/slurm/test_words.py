@@ -47,6 +47,7 @@ def test_a_secret_is_refused_and_not_repeated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE if "\0" not in text], ids=repr)
 @pytest.mark.parametrize("where", ["partition", "folder"])
+@pytest.mark.fault("F36")
 def test_hostile_text_creates_nothing(
     where: str, text: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
