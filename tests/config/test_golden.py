@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megagrok.config import from_dict, load_config, load_model_config, to_dict
+from megagrok.slurm.cluster import load_cluster
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -18,6 +19,8 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 def resolved(path: Path) -> str:
     if path.parent.name == "model":
         plain = {"model": dataclasses.asdict(load_model_config(path))}
+    elif path.parent.name == "cluster":
+        plain = dataclasses.asdict(load_cluster(path))
     else:
         plain = to_dict(load_config(path).config)
     return json.dumps(plain, indent=2) + "\n"
@@ -33,7 +36,7 @@ def test_a_shipped_file_resolves_to_its_golden_resolution(path: Path, update_gol
 
 
 def test_no_golden_file_outlives_its_configuration() -> None:
-    folders = (ROOT / "tests" / "golden" / "model", ROOT / "tests" / "golden" / "run")
+    folders = [ROOT / "tests" / "golden" / kind for kind in ("model", "cluster", "run")]
     golden = {f"{path.parent.name}/{path.stem}" for folder in folders for path in folder.glob("*.json")}
     assert golden == {f"{path.parent.name}/{path.stem}" for path in FILES}
 
