@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrok.config import decode_config, from_dict, is_model_file, load_config, load_model_config, to_dict
@@ -125,6 +125,7 @@ def test_plain_data_is_decoded_as_strictly_as_a_file(tiny_path: Path) -> None:
         from_dict(plain, "run.json")
 
 
+@settings(deadline=None)
 @given(
     lr=st.floats(min_value=1e-30, max_value=1e30),
     steps=st.integers(1, 2**53),
