@@ -482,11 +482,13 @@ def named(rows: list[Row]) -> list[object]:
 
 
 @pytest.mark.parametrize("row", named(ROWS))
+@pytest.mark.fault("F40")
 def test_a_bad_input_is_refused_at_once(row: Row, folder: Path, login: LoginNode) -> None:
     refused(row, folder, login)
 
 
 @pytest.mark.parametrize("row", named(RESUMED))
+@pytest.mark.fault("F40")
 def test_a_run_that_cannot_go_on_is_refused_at_once(row: Row, trained: Path, folder: Path, login: LoginNode) -> None:
     shutil.rmtree(folder)
     shutil.copytree(trained, folder)

@@ -77,6 +77,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.fault("F37")
 def test_a_run_that_crashes_saves_goes_on_and_is_rendered_leaves_no_secret(folder: Path) -> None:
     files = RunFiles(folder / "runs" / "t")
     command = Command("train", "run.yaml", "checkpoint.every_steps=1", folder=folder, environment=SECRETS)

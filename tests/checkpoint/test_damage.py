@@ -82,33 +82,53 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Ten
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
+@pytest.mark.fault("F17")
 def test_every_mutation_is_refused_by_file_name_and_no_wrong_byte_is_read(
     mutate: Callable[[Path, random.Random, Path], None], sound: tuple[Path, dict[int, Tensors]], tmp_path: Path
 ) -> None:
-    root, tensors = sound
     for seed in range(30):
-        rng = random.Random(f"{mutate.__name__} {seed}")
-        copy = tmp_path / str(seed)
-        shutil.copytree(root, copy)
-        name = rng.choice(("rank-00000.safetensors", "rank-00001.safetensors", "COMMIT.json"))
-        path, other = copy / "step-00000030" / name, copy / "step-00000020" / name
+        check_mutation(mutate, f"{mutate.__name__} {seed}", sound, tmp_path / str(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F17")
+def test_a_thousand_mutations_are_refused(sound: tuple[Path, dict[int, Tensors]], tmp_path: Path) -> None:
+    for seed in range(1000):
+        check_mutation(MUTATIONS[seed % len(MUTATIONS)], f"thousand {seed}", sound, tmp_path / "copy")
+        shutil.rmtree(tmp_path / "copy")
+
+
+def check_mutation(
+    mutate: Callable[[Path, random.Random, Path], None],
+    seed: str,
+    sound: tuple[Path, dict[int, Tensors]],
+    copy: Path,
+) -> None:
+    """One file of the newest of three checkpoints, damaged: refused by name, and the one before it is found."""
+    root, tensors = sound
+    rng = random.Random(seed)
+    shutil.copytree(root, copy)
+    name = rng.choice(("rank-00000.safetensors", "rank-00001.safetensors", "COMMIT.json"))
+    path, other = copy / "step-00000030" / name, copy / "step-00000020" / name
+    before = path.read_bytes()
+    while path.exists() and path.read_bytes() == before:  # a page that was zero already, say
         mutate(path, rng, other)
-        assert not path.exists() or path.read_bytes() != (root / "step-00000030" / name).read_bytes()
 
-        assert any(name in problem for problem in verify_checkpoint(copy / "step-00000030"))
-        with pytest.raises(CheckpointError, match=name):
-            find(copy, step=30)
-        fallen_back = find(copy)
-        assert fallen_back.step == 20 and same_tensors(read_all(fallen_back), tensors[20])
-        assert len(fallen_back.skipped) == 1 and name in fallen_back.skipped[0]
-        # Without the digests of whole files the damage is met at the read, or lies in a header that no read uses.
-        hasty = find(copy, verify="sizes")
-        try:
-            assert same_tensors(read_all(hasty), tensors[hasty.step])
-        except CheckpointError as error:
-            assert name in str(error)
+    assert any(name in problem for problem in verify_checkpoint(copy / "step-00000030"))
+    with pytest.raises(CheckpointError, match=name):
+        find(copy, step=30)
+    fallen_back = find(copy)
+    assert fallen_back.step == 20 and same_tensors(read_all(fallen_back), tensors[20])
+    assert len(fallen_back.skipped) == 1 and name in fallen_back.skipped[0]
+    # Without the digests of whole files the damage is met at the read, or lies in a header that no read uses.
+    hasty = find(copy, verify="sizes")
+    try:
+        assert same_tensors(read_all(hasty), tensors[hasty.step])
+    except CheckpointError as error:
+        assert name in str(error)
 
 
+@pytest.mark.fault("F18")
 def test_if_all_are_damaged_nothing_starts_from_scratch(sound: tuple[Path, dict[int, Tensors]], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(sound[0], copy)
@@ -271,6 +291,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.fault("F36")
 def test_a_hostile_commit_with_a_fitting_digest_is_refused(
     change: Callable[[dict[str, Any]], object], sound: tuple[Path, dict[int, Tensors]], tmp_path: Path
 ) -> None:

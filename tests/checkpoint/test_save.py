@@ -46,6 +46,7 @@ def only_these_steps_and_files(root: Path, steps: set[int]) -> None:
 
 
 @pytest.mark.parametrize(("before", "step"), [([1, 2], 3), ([1, 2, 3], 2), ([1], 1), ([], 1)], ids=str)
+@pytest.mark.fault("F3")
 def test_a_death_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path: Path, before: list[int], step: int) -> None:
     new = make_tensors(100)
     layout = make_layout(new, 1, 4)

@@ -64,6 +64,7 @@ class Gate(Disk):
         super().write(descriptor, data)
 
 
+@pytest.mark.fault("F27")
 def test_what_is_saved_is_the_state_at_the_call_whatever_happens_to_it_afterwards(tmp_path: Path) -> None:
     disk = Gate()
     saver = AsyncSaver(tmp_path, ranks=Alone(), keep=2, disk=disk)
@@ -161,6 +162,7 @@ def save_world_async(root: Path, step: int, layout: Layout, disks: list[Disk]) -
     return run_world(len(layout), work)
 
 
+@pytest.mark.fault("F3")
 def test_a_death_at_any_point_of_the_thread_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     new = make_tensors(100)
     layout = make_layout(new, 1, 4)
@@ -260,6 +262,7 @@ class Greedy(Disk):
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.fault("F20")
 def test_a_disk_that_fills_up_during_a_save_costs_that_save_only(tmp_path: Path, seed: int) -> None:
     with small_file_system(tmp_path / "small", "8m") as mounted:
         if not mounted:

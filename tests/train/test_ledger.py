@@ -36,6 +36,7 @@ def restless(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.fault("F30")
 def test_a_run_that_was_killed_and_moved_used_each_sample_once(restless: Path) -> None:
     done = run("audit-data", "runs/law", folder=restless)
     assert "Every sample of 0..22 was used exactly once, in order." in done.out  # five steps of 2, three of 4

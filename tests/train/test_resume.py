@@ -112,6 +112,7 @@ def test_a_rank_may_die_at_any_time(config: Path, tmp_path: Path, untouched: Unt
         pytest.param(("parallel.expert=2", "parallel.data=2"), id="expert 2 over data 2", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fault("F29")
 def test_a_run_goes_on_in_another_layout(
     config: Path, tmp_path: Path, untouched: Untouched, layout: tuple[str, ...]
 ) -> None:
