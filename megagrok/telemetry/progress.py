@@ -7,6 +7,7 @@ a line every step on a terminal scrolls the start of the run away. The bar is tq
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Never, TextIO
 
 from tqdm import tqdm
@@ -46,8 +47,9 @@ class Progress:
     def step(self, record: StepRecord) -> None:
         """Show a step."""
         if self._bar is not None:
-            self._bar.set_description_str(f"{_speed(record)}  ", refresh=False)
-            self._bar.update(record.step - self._bar.n)
+            with suppress(OSError):
+                self._bar.set_description_str(f"{_speed(record)}  ", refresh=False)
+                self._bar.update(record.step - self._bar.n)
             return
         now = self._clock()
         if self._first is None:
@@ -70,16 +72,19 @@ class Progress:
 
     def close(self) -> None:
         """Leave the bar as it is and the cursor below it."""
-        if self._bar is not None:
-            self._bar.close()
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.close()
 
     def _print(self, text: str) -> None:
-        if self._bar is not None:
-            # Above the bar, which is drawn again below.
-            self._bar.write(text, file=self._stream)
-        else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+        # A terminal that is gone, or a log file on a full disk, is no reason to end a run.
+        with suppress(OSError):
+            if self._bar is not None:
+                # Above the bar, which is drawn again below.
+                self._bar.write(text, file=self._stream)
+            else:
+                self._stream.write(text + "\n")
+                self._stream.flush()
 
     def _place(self, step: int) -> str:
         return f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"

@@ -4,7 +4,7 @@ Every rank has one, so that the trainer asks no questions; the one rank of each 
 (tensor = context = pipeline = 0) writes. Nothing is exchanged but once, at the start.
 """
 
-import sys
+import logging
 
 from megagrok.checkpoint import list_steps
 from megagrok.checkpoint.commit import read_commit, step_name
@@ -27,6 +27,9 @@ from megagrok.parallel.topology import Coordinates
 from megagrok.train.files import RunFiles
 from megagrok.train.result import StepResult
 
+# Not print: a log that cannot be written either must not end a step.
+logger = logging.getLogger(__name__)
+
 
 class Account:
     """Made once a start, by all ranks; `begin` before the first step and after each way back."""
@@ -45,7 +48,7 @@ class Account:
         self._ledger: Ledger | None = None
         part = 0
         if place.tensor == place.context == place.pipeline == 0:
-            self._ledger = Ledger(ledger_path(files.ledger, place.data), _say)
+            self._ledger = Ledger(ledger_path(files.ledger, place.data), logger.warning)
             part = next_part(files.ledger, place.data, generation)
         self._part = max(int(str(other)) for other in ranks.gather(part))
 
@@ -132,7 +135,3 @@ def audit_run(files: RunFiles) -> Audit:
         assert isinstance(position, dict)
         saved[step] = int(str(position["consumed_samples"]))
     return audit(files.ledger, saved)
-
-
-def _say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)

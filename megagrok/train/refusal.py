@@ -10,8 +10,8 @@ samples out.
 """
 
 import json
+import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,8 @@ from megagrok.telemetry.records import GuardRecord, to_json_number
 from megagrok.train.account import Account
 from megagrok.train.files import RunFiles
 from megagrok.train.guard import Guard, Verdict
+
+logger = logging.getLogger(__name__)
 
 _ACTIONS: dict[str, Action] = {"stop": "refused", "skip": "skipped", "rewind": "rewound"}
 
@@ -148,7 +150,8 @@ class Refusals:
         try:
             _replace(path, json.dumps(page))
         except OSError as error:
-            print(f"note: {path} cannot be written ({error}); the run goes on without it", file=sys.stderr, flush=True)
+            # Not print: a log that cannot be written either must not end the run.
+            logger.warning("%s cannot be written (%s); the run goes on without it", path, error)
 
     def _stop(self, refused: Refused) -> NonFiniteError | SpikeError:
         kind = SpikeError if refused.verdict.is_spike else NonFiniteError

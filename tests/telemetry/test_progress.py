@@ -8,6 +8,7 @@ import re
 import struct
 import termios
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -109,3 +110,14 @@ def test_closing_before_the_first_step_shows_nothing_on_a_log_file() -> None:
 )
 def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_a_log_on_a_full_disk_ends_nothing(make_step: MakeStep) -> None:
+    stream = open("/dev/full", "w")  # noqa: SIM115  # closing it fails too
+    progress = Progress(10, 0, stream)
+    for step in range(1, 11):
+        progress.step(make_step(step))
+    progress.say("a word")
+    progress.close()
+    with suppress(OSError):
+        stream.close()

@@ -2,9 +2,12 @@
 
 import logging
 import socket
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -119,6 +122,59 @@ def test_a_server_that_never_answers_holds_neither_a_step_nor_the_end(
         dropped, left_behind = warnings(caplog)
         assert "points are dropped" in dropped
         assert "did not finish in 0.5 s and was left behind" in left_behind
+
+
+@contextmanager
+def server(behaviour: str) -> Iterator[int]:
+    """A W&B server on this machine that refuses, hangs up, or answers 500 to everything; yields its port."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port: int = listening.getsockname()[1]
+    if behaviour == "refuses":
+        listening.close()
+        yield port
+        return
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection, suppress(OSError):
+                    if behaviour == "hangs up":
+                        # A reset instead of an end: there is no time to linger.
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    else:
+                        connection.recv(65536)
+                        connection.sendall(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    with listening:
+        yield port
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("behaviour", ["refuses", "hangs up", "answers 500"])
+def test_a_server_in_trouble_holds_neither_a_step_nor_the_end(
+    tmp_path: Path,
+    make_step: MakeStep,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    behaviour: str,
+) -> None:
+    with server(behaviour) as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        tracker = start(tmp_path, "online")
+        longest = 0.0
+        for step in range(1, 300):
+            began = time.monotonic()
+            tracker.log(make_step(step))
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(0.001)
+        assert longest < 0.3
+        began = time.monotonic()
+        tracker.finish(limit_seconds=0.5)
+        assert time.monotonic() - began < 1.5
+        assert warnings(caplog)  # that it is offline, off, or was left behind
 
 
 def test_the_run_id_is_made_once(tmp_path: Path) -> None:
