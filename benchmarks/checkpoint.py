@@ -33,6 +33,8 @@ from megagrok.errors import MegagrokError
 from megagrok.parallel.launch import run_ranks
 from megagrok.parallel.ranks import JSON, ProcessGroupRanks
 
+# More than there are rounds: old checkpoints are removed off the clock, whoever wrote them.
+KEEP = 1_000_000
 FACTS: dict[str, JSON] = {"run_id": "benchmark"}
 OURS, OURS_SYNC = "megagrok, in the background", "megagrok, waited for"
 DCP, DCP_KEPT, DCP_SYNC = "DCP async_save", "DCP async_save, kept stager", "DCP save"
@@ -88,7 +90,7 @@ def fragments_of(state: dict[str, torch.Tensor]) -> list[Fragment]:
 
 def make_contenders(state: dict[str, torch.Tensor], root: Path, ranks: ProcessGroupRanks) -> dict[str, Contender]:
     """Name to contender; each has a folder, and a process group for its background, of its own."""
-    saver = AsyncSaver(root / OURS, ranks=ProcessGroupRanks(dist.new_group(backend="gloo")), keep=2)
+    saver = AsyncSaver(root / OURS, ranks=ProcessGroupRanks(dist.new_group(backend="gloo")), keep=KEEP)
     group, kept_group = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
     # async_save's own default, kept from save to save with its buffers instead of made anew.
     stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -104,7 +106,7 @@ def make_contenders(state: dict[str, torch.Tensor], root: Path, ranks: ProcessGr
         return finish
 
     def ours_waited_for(step: int) -> Callable[[], object]:
-        save_checkpoint(root / OURS_SYNC, step, fragments_of(state), FACTS, ranks=ranks, keep=2)
+        save_checkpoint(root / OURS_SYNC, step, fragments_of(state), FACTS, ranks=ranks, keep=KEEP)
         return lambda: None
 
     def dcp_async(step: int) -> Callable[[], object]:
@@ -151,9 +153,9 @@ def race(ranks: ProcessGroupRanks, root: Path, num_bytes: int, rounds: int) -> d
                 tensor.view(-1)[0] = number
             save = time_one(contenders[name], number + 1, ranks)
             saves[name] += [save] if number else []
-            if ranks.rank == 0 and name in (DCP, DCP_KEPT, DCP_SYNC):
-                # Ours removes old ones by itself, and in its own time.
-                shutil.rmtree(root / name / str(number), ignore_errors=True)
+            if ranks.rank == 0:
+                for old in (str(number), f"step-{number:08d}"):
+                    shutil.rmtree(root / name / old, ignore_errors=True)
             # What one contender left to be written is not to be waited for by the next.
             if ranks.rank == 0:
                 os.sync()

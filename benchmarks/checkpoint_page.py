@@ -25,16 +25,16 @@ megagrok's save that is waited for. CPU seconds say what a save costs whoever el
 
 - **megagrok**: what a run does. The step waits while its tensors are copied to a host buffer that is allocated once; a
   thread hashes every byte twice (each tensor, each file; xxh3, 128 bits), writes and syncs the shards, gathers what
-  was written, checks that every tensor is covered exactly once, commits, and prunes. `waited for` does the same without
-  thread and buffer.
+  was written, checks that every tensor is covered exactly once, and commits. `waited for` does the same without thread
+  and with a buffer of 8 MiB.
 - **DCP async_save**: `torch.distributed.checkpoint.async_save` as its documentation shows it, over a gloo group of its
   own. `kept stager` is the same with its default stager made once and handed to every call, which keeps the host copy
   for the next save, as megagrok does; then both are bound by the same copy. (Its pinned and asynchronous staging, and
   `cache_staged_state_dict`, need an accelerator.)
 - **DCP save**: `torch.distributed.checkpoint.save`.
 
-DCP gets plain tensors with a name on one rank each, which spares it the planning of shards; it computes no digests and
-removes no old checkpoints (here the benchmark does, off the clock).
+DCP gets plain tensors with a name on one rank each, which spares it the planning of shards; it computes no digests.
+Old checkpoints are removed off the clock.
 
 ## Again
 

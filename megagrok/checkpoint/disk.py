@@ -82,8 +82,11 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a directory and what is in it; refuses a link."""
-        shutil.rmtree(path)
+        """Remove a directory and what is in it; of a link the link alone, never what it leads to."""
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
     def write_file(
         self, path: Path, data: bytes, *, beside: Path | None = None, check: Callable[[], None] | None = None

@@ -1,13 +1,13 @@
 """One rank's file: a valid safetensors file of its fragments, hashed while it is written.
 
 Written here and not by the safetensors library because the digests must be of exactly the bytes that go to the disk,
-and because only one fragment at a time is then held in host memory. The library reads the result.
+and because only a piece of one fragment is then held in host memory. The library reads the result.
 """
 
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,19 +36,19 @@ def write_shard(
     header = _header(ordered, marks)
     needed = len(header) + sum(fragment.num_bytes for fragment in ordered)
     entries, position, whole = [], len(header), xxhash.xxh3_128(header)
+    bounce = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     try:
         descriptor = disk.create(path)
         try:
             disk.write(descriptor, header)
             for fragment in ordered:
-                data, part = _host_bytes(fragment.data, are_private), xxhash.xxh3_128()
-                for begin in range(0, len(data), CHUNK_BYTES):
-                    chunk = data[begin : begin + CHUNK_BYTES]
+                part = xxhash.xxh3_128()
+                for chunk in _chunks(fragment.data, None if are_private else bounce):
                     part.update(chunk)
                     whole.update(chunk)
                     disk.write(descriptor, chunk)
                 entries.append(Entry(fragment.name, fragment.piece, position, part.hexdigest()))
-                position += len(data)
+                position += fragment.num_bytes
             disk.sync(descriptor)
         finally:
             disk.close(descriptor)
@@ -75,13 +75,20 @@ def file_order(fragments: Iterable[Fragment]) -> list[Fragment]:
     return sorted(fragments, key=lambda f: (-f.data.dtype.itemsize, f.name, f.start, f.begin))
 
 
-def _host_bytes(data: torch.Tensor, is_private: bool) -> memoryview:
-    """The elements in host memory that is ours alone: nothing can change between hashing and writing."""
-    if is_private:
-        return data.view(torch.uint8).numpy().data
-    # A fresh tensor, for .contiguous() leaves the odd stride of a one-element slice as it is, and view refuses that.
-    host = torch.empty(data.shape, dtype=data.dtype, device="cpu").copy_(data.detach())
-    return host.view(torch.uint8).numpy().data
+def _chunks(data: torch.Tensor, bounce: torch.Tensor | None) -> Iterator[memoryview]:
+    """The bytes of the elements in pieces of at most CHUNK_BYTES, each valid until the next is asked for.
+
+    They pass through `bounce`, host memory that is ours alone, so nothing can change between hashing and writing; with
+    None they are taken where they lie.
+    """
+    step = CHUNK_BYTES // data.dtype.itemsize
+    for begin in range(0, data.numel(), step):
+        piece = data[begin : begin + step]
+        if bounce is not None:
+            copy = bounce[: piece.numel() * data.dtype.itemsize].view(data.dtype)
+            copy.copy_(piece.detach())
+            piece = copy
+        yield piece.view(torch.uint8).numpy().data
 
 
 def _header(fragments: list[Fragment], marks: dict[str, str]) -> bytes:
