@@ -93,12 +93,14 @@ def why(what: str) -> str:
     decided = next((line for line in reversed(seen.lines) if line.event == "decided"), None)
     outcome = "" if decided is None else f"; then {decided.text}"
     meaning = "no launcher could say" if code is None else f"exit code {code}, {_CODES.get(code, 'not one of ours')}"
-    if seen.attempt is None:
-        meaning = "nothing has started yet"
-    elif _is_running(seen):
-        meaning, outcome = f"it runs (start {seen.attempt.generation})", ""
+    has_begun = any(line.event in ("attempt", "ended") for line in seen.lines) or seen.attempt is not None
+    if not has_begun:
+        meaning = "nothing has been started yet" if decided is None else "nothing was started"
     elif decided is not None and decided.facts.get("action") == "stop":
         code = decided.number("code")
+    if _is_running(seen):
+        before = f"; before that, {meaning}{outcome}" if any(line.event == "ended" for line in seen.lines) else ""
+        meaning, outcome = f"it runs: start {0 if seen.attempt is None else seen.attempt.generation}{before}", ""
     first = f"{ended.who}: {ended.message}" if ended.who else ended.message or "nobody failed"
     where = "no rank had begun" if ended.step is None and not ended.furthest_step else _where(ended)
     redo = max(0, (ended.furthest_step or 0) - (seen.saved_step or 0))
@@ -172,9 +174,10 @@ def _headline(seen: Seen) -> str:
 
 
 def _is_running(seen: Seen) -> bool:
-    if seen.state is None or seen.state.state != "RUNNING" or seen.attempt is None:
-        return False
-    return any(page.ending is None for page in seen.attempt.nodes)
+    """Whether launchers are at work, as far as the supervisor and Slurm know."""
+    last = next((line for line in reversed(seen.lines) if line.event in ("attempt", "ended")), None)
+    is_begun = last is not None and last.event == "attempt"
+    return is_begun and seen.state is not None and seen.state.state == "RUNNING"
 
 
 def _progress(files: RunFiles) -> tuple[int | None, float | None]:
@@ -226,6 +229,10 @@ def _heartbeat(attempt: Attempt | None) -> str:
 def _last_end(seen: Seen) -> Ended:
     """The end of the newest attempt: as the supervisor wrote it down, or else as the pages say."""
     written = next((line for line in reversed(seen.lines) if line.event in ("ended", "attempt")), None)
+    if written is not None and written.event == "attempt" and _is_running(seen):
+        written = next((line for line in reversed(seen.lines) if line.event == "ended"), None)
+        if written is None:
+            return Ended(None, _furthest(seen), seen.saved_step, (), "", None, _furthest(seen), "nobody has failed")
     if written is not None and written.event == "ended":
         texts = {
             name: value if isinstance(value := written.facts.get(name), str) else "" for name in ("who", "message")
@@ -252,8 +259,11 @@ def _where(ended: Ended) -> str:
 def _next(seen: Seen, code: int | None) -> str:
     """What a person types now, if anything."""
     root = seen.files.root
-    if seen.state is not None and not seen.state.is_over and seen.state.state != "COMPLETING":
-        return f"nothing, job {seen.job} is {seen.state.state.lower()}: megagrok slurm status {root}"
+    decided = next((line for line in reversed(seen.lines) if line.event == "decided"), None)
+    goes_on = decided is not None and decided.facts.get("action") in ("requeue", "restart", "successor")
+    if seen.state is not None and not seen.state.is_over and (seen.state.state != "COMPLETING" or goes_on):
+        state = "going back to the queue" if seen.state.state == "COMPLETING" else seen.state.state.lower()
+        return f"nothing, job {seen.job} is {state}: megagrok slurm status {root}"
     newest = newest_submission(seen.lines)
     again = "megagrok resume " + shlex.quote(str(root)) if newest is None else shlex.join(newest.words("command"))
     if code == 0:

@@ -7,7 +7,6 @@ the run's folder, so the supervisor of the next job, or of this one after a requ
 """
 
 import dataclasses
-import os
 import secrets
 import shutil
 import signal
@@ -85,6 +84,7 @@ class Supervisor:
         self.environment = {**environment(), **{each.name: each.value for each in submission.cluster.environment}}
         self.nodes = node_names(job.node_list, self.environment)
         self.is_asked_to_stop = False
+        self.is_told_to_end = False
         self._guard: Step | None = None
 
     def run(self) -> int:
@@ -318,12 +318,17 @@ class Supervisor:
         if action in ("successor", "requeue"):
             answer = call(["scontrol", "requeue", str(self.job.id)], environment=self.environment)
             if answer.is_good:
-                time.sleep(_REQUEUE_SECONDS)
+                self._wait_to_be_ended()
                 return 0
             self._say(f"Slurm does not requeue the job: {answer.sentence}")
             if action == "requeue" and self._submit_successor():
                 return 0
         return decision.exit_code
+
+    def _wait_to_be_ended(self) -> None:
+        deadline = time.monotonic() + _REQUEUE_SECONDS
+        while not self.is_told_to_end and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def _submit_successor(self) -> bool:
         lines = since_submission(read_journal(self.files))
@@ -373,7 +378,7 @@ class Supervisor:
         self.is_asked_to_stop = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        os.write(2, b"megagrok: Slurm ends the job\n")
+        self.is_told_to_end = True
 
 
 class Patience:

@@ -186,6 +186,7 @@ def test_a_warning_is_passed_on_once_and_the_job_comes_back(cluster: Cluster, de
     story = tell(cluster, desk, both(code=75, seconds=50, step=4, saved=4), both(code=0, step=9))
     story.wait_for_start()
     assert "is running on node[1-3]" in story.call("slurm", "status", story.job).out
+    assert story.why()[:2] == ["ended  it runs: start 1", "first  nobody has failed"]
     for _ in range(2):
         cluster.output("scancel", "--batch", "--signal=USR1", story.job)
     job = story.end()
