@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from megagrok.engine.engine import Engine
 from megagrok.errors import EXIT_BUG, DataError
 from megagrok.train.files import RunFiles
 from tests.train.commands import run
-from tests.train.injected import EXPERTS, SPIKES, spike_once, train_injected
+from tests.train.injected import EXPERTS, SPIKES, spike_once, spoil, train_injected
 
 LAYOUTS = {
     "experts": EXPERTS,
@@ -27,9 +28,16 @@ def test_steps_come_out_as_they_did_and_a_fault_that_is_not_in_the_data_does_not
     config: Path, tmp_path: Path, name: str
 ) -> None:
     files = RunFiles(tmp_path / "runs" / "law")
-    train_injected(spike_once(5), config, *LAYOUTS[name], *SPIKES, folder=tmp_path)
+    spike = spike_once(5)
+
+    def inject(step: int, engine: Engine) -> None:
+        spike(step, engine)
+        if step == 4:
+            spoil(engine, float("nan"))
+
+    train_injected(inject, config, *LAYOUTS[name], *SPIKES, "guard.on_nonfinite=skip", folder=tmp_path)
     before = contents(files.root)
-    # Step 6 as it was after the way back, two steps after the checkpoint.
+    # Step 6 as it was after the way back, two steps after the checkpoint, one of which was skipped.
     done = run("replay", "runs/law", 6, folder=tmp_path)
     assert "replaying step 6 of runs/law from step-00000003: 2 steps are made again" in done.out
     assert done.out.count("as in metrics.jsonl, bit by bit") == 2
