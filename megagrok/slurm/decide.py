@@ -86,7 +86,7 @@ def decide(now: Situation) -> Decision:
         assert code is not None
         return Decision("stop", code, f"exit code {code}: a restart cannot cure it")
     if code == EXIT_PREEMPTED:
-        return Decision("requeue", EXIT_PREEMPTED, "the run was asked to stop, and has saved")
+        return Decision("requeue", EXIT_PREEMPTED, "the job goes back to the queue, and on from there")
     if code is not None and code != EXIT_TRANSIENT:
         return Decision("stop", code, f"exit code {code} is none that megagrok gives: look first")
     return _after_death(now)

@@ -91,8 +91,8 @@ def why(what: str) -> str:
     ended = _last_end(seen)
     code = ended.exit_code
     decided = next((line for line in reversed(seen.lines) if line.event == "decided"), None)
-    outcome = "" if decided is None else f"; then {decided.text}"
-    meaning = "no launcher could say" if code is None else f"exit code {code}, {_CODES.get(code, 'not one of ours')}"
+    outcome = "" if decided is None or code == 0 else f"; then: {decided.text}"
+    meaning = "no exit code" if code is None else f"exit code {code}, {_CODES.get(code, 'not one of ours')}"
     has_begun = any(line.event in ("attempt", "ended") for line in seen.lines) or seen.attempt is not None
     if not has_begun:
         meaning = "nothing has been started yet" if decided is None else "nothing was started"
@@ -168,7 +168,7 @@ def _headline(seen: Seen) -> str:
         job = "no job of it is known to Slurm" if seen.job is None else f"job {seen.job} is not known to Slurm any more"
         decided = next((line for line in reversed(seen.lines) if line.event == "decided"), None)
         return job if decided is None else f"{decided.text} ({job})"
-    where = f" on {seen.state.nodes}" if seen.state.nodes != "(null)" else ""
+    where = f" on {seen.state.nodes}" if seen.state.nodes not in ("", "(null)") else ""
     why_ = f" ({seen.state.reason})" if seen.state.state == "PENDING" else ""
     return f"job {seen.job} is {seen.state.state.lower()}{where}{why_}"
 

@@ -14,6 +14,7 @@ from megagrok.slurm.environment import environment
 from megagrok.slurm.journal import Value, write_line
 from megagrok.slurm.queue import call
 from megagrok.slurm.script import Submission
+from megagrok.whole_file import write_whole
 
 
 def checked(submission: Submission) -> Findings:
@@ -73,9 +74,7 @@ def keep_script(submission: Submission, script: str) -> None:
     files = submission.files
     try:
         (files.root / "logs").mkdir(parents=True, exist_ok=True)
-        beside = submission.script.with_name(submission.script.name + ".new")
-        beside.write_text(script, encoding="utf-8")
-        os.replace(beside, submission.script)
+        write_whole(submission.script, script)
     except OSError as error:
         raise MachineError(f"{error.filename or files.root} cannot be written: {error.strerror}") from error
 

@@ -347,7 +347,7 @@ class Supervisor:
         return True
 
     def _decided(self, decision: Decision) -> Decision:
-        self._write("decided", f"{decision.action}: {decision.text}", action=decision.action, code=decision.exit_code)
+        self._write("decided", decision.text, action=decision.action, code=decision.exit_code)
         return decision
 
     def _write_end(self, ended: Ended, before: int, *, job: int | None = None, restart: int | None = None) -> None:

@@ -29,7 +29,7 @@ def situation(code: int | None, **changes: object) -> Situation:
         (situation(70), "stop", 70, "cannot cure"),
         (situation(1), "stop", 1, "none that megagrok gives"),
         (situation(143), "stop", 143, "none that megagrok gives"),
-        (situation(76), "requeue", 76, "has saved"),
+        (situation(76), "requeue", 76, "goes back to the queue"),
         (situation(75), "restart", 75, "restart 1 of at most 10, in this allocation"),
         (situation(None), "restart", 75, "in this allocation"),
         (situation(75, suspects=("node2",), usable_nodes=2), "restart", 75, "without node2"),
