@@ -5,7 +5,8 @@ The story of a save, each line a point at which the machine may die:
   2. every rank writes and syncs its own file there;
   3. rank 0 checks over all reports that every tensor is covered exactly once, and writes COMMIT.json;
   4. rank 0 renames that folder to step-N: before this line the old checkpoint counts, after it the new one;
-  5. only now, with that name synced, older ones are pruned. `latest` is for people and scripts; no load reads it.
+  5. only now, with that name synced, older ones are pruned, after one of those that stay was read back and verified.
+     `latest` is for people and scripts; no load reads it.
 A failure on one rank is told to all between these lines, so all raise the same CheckpointError together.
 
 A run that went back to an earlier step saves steps that exist already. This one and those of its abandoned future are
@@ -15,8 +16,9 @@ or older than all that are kept. A load uses one only if it is asked for that st
 Rank 0 asks the fence before each change in lines 1, 4 and 5 that a load could see (fence.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megagrok.checkpoint.commit import (
@@ -31,8 +33,17 @@ from megagrok.checkpoint.commit import (
 from megagrok.checkpoint.disk import Disk, Space
 from megagrok.checkpoint.fence import Fence, Unfenced
 from megagrok.checkpoint.fragment import Fragment
-from megagrok.checkpoint.retention import clear_unfinished, prune, set_aside_from, unfinished_hint, unfinished_name
+from megagrok.checkpoint.readback import damaged_before
+from megagrok.checkpoint.retention import (
+    clear_unfinished,
+    is_complete,
+    prune,
+    set_aside_from,
+    unfinished_hint,
+    unfinished_name,
+)
 from megagrok.checkpoint.shard import disk_failure, write_shard
+from megagrok.checkpoint.together import together
 from megagrok.checkpoint.verify import size_problems
 from megagrok.errors import CheckpointError, ConfigError
 from megagrok.parallel.ranks import JSON, Ranks
@@ -124,11 +135,11 @@ def save_through(save: Save, fragments: Iterable[Fragment], *, are_private: bool
     ranks, failed = save.ranks, f"checkpoint step {save.step} was not saved in {save.root}"
     mine: list[Fragment] = []
     try:
-        started = _together(ranks, failed, lambda: _begin(save, fragments, mine))
+        started = together(ranks, failed, lambda: _begin(save, fragments, mine))
         if problem := _first_difference(started) or _lack_of_space(save.root, started):
             raise CheckpointError(f"{failed}: {problem}")
-        reports = _together(ranks, failed, lambda: write_shard(save.disk, save.shard, mine, _marks(save), are_private))
-        _together(ranks, failed, lambda: commit_shards(save, reports))
+        reports = together(ranks, failed, lambda: write_shard(save.disk, save.shard, mine, _marks(save), are_private))
+        together(ranks, failed, lambda: commit_shards(save, reports))
     except CheckpointError:
         discard(save)
         raise
@@ -136,7 +147,8 @@ def save_through(save: Save, fragments: Iterable[Fragment], *, are_private: bool
         f"checkpoint step {save.step} is in place in {save.root}, but syncing its name and pruning older ones failed"
     )
     try:
-        _together(ranks, in_place, lambda: _tidy(save))
+        damaged = damaged_before(save.root, save.step, save.keep, ranks, in_place)
+        together(ranks, in_place, lambda: _tidy(save, damaged))
     except CheckpointError as error:
         raise NotPruned(str(error)) from error
     return Saved(save.target, sum(_whole(report, "bytes") for report in started))
@@ -147,28 +159,6 @@ def _marks(save: Save) -> dict[str, str]:
     ranks, generation, run_id = save.ranks, save.fence.generation, save.facts["run_id"]
     marks = {"step": save.step, "rank": ranks.rank, "world_size": ranks.world_size, "run_id": run_id}
     return {key: str(value) for key, value in (marks | {"generation": generation}).items()}
-
-
-def _together(ranks: Ranks, failed: str, work: Callable[[], JSON]) -> list[JSON]:
-    """Do `work` on this rank and return what all ranks' work returned, or raise on all what failed on any."""
-    cause: Exception | None = None
-    report: dict[str, JSON] = {"value": None, "problem": None}
-    try:
-        report["value"] = work()
-    except Exception as error:  # not to go on: it is raised below, on the other ranks too, instead of a hang there
-        cause = error
-        report["problem"] = str(error) if isinstance(error, CheckpointError) else repr(error)
-    values: list[JSON] = []
-    problems = []
-    for rank, other in enumerate(ranks.gather(report)):
-        assert isinstance(other, dict)
-        values.append(other["value"])
-        if other["problem"] is not None:
-            problems.append(f"rank {rank}: {other['problem']}")
-    if problems:
-        more = f"; and {len(problems) - 3} more ranks" if problems[3:] else ""
-        raise CheckpointError(f"{failed}: {'; '.join(problems[:3])}{more}") from cause
-    return values
 
 
 def _begin(save: Save, fragments: Iterable[Fragment], mine: list[Fragment]) -> JSON:
@@ -254,7 +244,7 @@ def commit_shards(save: Save, reports: list[JSON]) -> None:
         raise disk_failure(save.folder / COMMIT_NAME, error, len(page)) from error
 
 
-def _tidy(save: Save) -> None:
+def _tidy(save: Save, damaged: set[Path]) -> None:
     """Line 5."""
     if save.ranks.rank != 0:
         return
@@ -262,9 +252,14 @@ def _tidy(save: Save) -> None:
         # This syncs the names in root, the new step's too: nothing is pruned before it is there to stay.
         hint, beside = save.root / "latest", save.root / unfinished_hint(save.fence.generation)
         save.disk.write_file(hint, (step_name(save.step) + "\n").encode(), beside=beside, check=save.fence.check)
-        prune(save.disk, save.root, save.keep, save.fence)
+        counts = partial(_counts, damaged)
+        prune(save.disk, save.root, save.keep, save.fence, counts)
     except OSError as error:
         raise disk_failure(save.root / "latest", error) from error
+
+
+def _counts(damaged: set[Path], folder: Path) -> bool:
+    return folder not in damaged and is_complete(folder)
 
 
 def discard(save: Save) -> None:

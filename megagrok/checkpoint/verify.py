@@ -9,7 +9,7 @@ from megagrok.checkpoint.commit import COMMIT_NAME, Commit, ShardFile, read_comm
 from megagrok.checkpoint.disk import open_file, read_range
 from megagrok.errors import CheckpointError
 
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 22
 
 
 def size_problems(folder: Path, commit: Commit) -> list[str]:

@@ -281,6 +281,23 @@ def test_an_incomplete_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000005", "step-00000006"]
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("rotten", [[4], [3, 4], [2, 3, 4]])
+def test_two_that_verify_stay_whatever_has_rotted(tmp_path: Path, rotten: list[int], world_size: int) -> None:
+    saved = save_steps(tmp_path, [1, 2, 3, 4], world_size=3)
+    for step in rotten:
+        path = tmp_path / f"step-{step:08d}" / "rank-00002.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    saved |= save_steps(tmp_path, [5], world_size=world_size, keep=2)
+    sound = [step for step in list_steps(tmp_path) if verify_checkpoint(tmp_path / f"step-{step:08d}") == []]
+    assert sound == [5, max({1, 2, 3, 4} - set(rotten))]
+    assert all(same_tensors(read_all(find(tmp_path, step=step)), saved[step]) for step in sound)
+    # What has rotted stays as evidence until it is older than all that are kept.
+    assert list_steps(tmp_path) == [5, 4, 3, 2, 1][: len(rotten) + 2]
+
+
 @pytest.mark.parametrize("keep", [1, 0, -1])
 def test_fewer_than_two_kept_checkpoints_are_refused(tmp_path: Path, keep: int) -> None:
     with pytest.raises(ConfigError, match=rf"keep = {keep}, needs at least 2"):
