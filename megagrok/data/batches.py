@@ -62,8 +62,7 @@ class TrainBatches:
         self.left_out: tuple[tuple[int, int], ...] = ()
         """Samples [from, to) that are passed over when they come up; equal on all ranks."""
         self._reader = SampleReader(prepared.train(), seq_len=seq_len, seed=seed)
-        self._identity: dict[str, int | str] = {"fingerprint": prepared.fingerprint, "seq_len": seq_len, "seed": seed}
-        self._sizes = {"documents": prepared.num_train_documents, "tokens": prepared.num_train_tokens}
+        self._prepared, self._seq_len, self._seed = prepared, seq_len, seed
         self._changes: list[JSON] = []
         self._micro_batch, self._data_rank, self._data_size = micro_batch, data_rank, data_size
 
@@ -75,7 +74,7 @@ class TrainBatches:
     @property
     def fingerprint(self) -> str:
         """Of the data; see PreparedData."""
-        return str(self._identity["fingerprint"])
+        return self._prepared.fingerprint
 
     @property
     def next_sample(self) -> int:
@@ -104,8 +103,9 @@ class TrainBatches:
         """The position and what it is a position in; JSON, equal on all ranks."""
         return {
             "consumed_samples": self.consumed_samples,
-            **self._identity,
-            **self._sizes,
+            **_identity(self._prepared, self._seq_len, self._seed),
+            **_sizes(self._prepared),
+            "tokenizer": self._prepared.tokenizer_hash,
             "left_out": [list(range_) for range_ in self.left_out],
             "changes": list(self._changes),
         }
@@ -116,21 +116,23 @@ class TrainBatches:
         accept_change: go on at the same position in other data: sample n is then what it is in a run that had these
         data from the start, so documents of the old data may come again or never. It is noted in the state. Returns the
         fingerprint of the old data if it was another one.
-        Raises DataError naming every difference.
+        Raises DataError naming every difference; another tokenizer is never accepted.
         """
         consumed = state.get("consumed_samples")
         if not isinstance(consumed, int) or consumed < 0:
             raise DataError(f"the saved position has consumed_samples = {consumed!r}, needs an integer of 0 or more")
-        differing = [name for name, value in self._identity.items() if state.get(name) != value]
-        if differing and not (differing == ["fingerprint"] and accept_change):
-            raise DataError(self._differences(state, differing))
+        problem = _position_problem(
+            state, self._prepared, seq_len=self._seq_len, seed=self._seed, accept_change=accept_change
+        )
+        if problem is not None:
+            raise DataError(problem)
         self.consumed_samples = consumed
         self.left_out = _ranges(state.get("left_out", []))
         changes = state.get("changes", [])
         self._changes = list(changes) if isinstance(changes, list) else []
-        if not differing:
+        before = str(state["fingerprint"])
+        if before == self.fingerprint:
             return None
-        before = str(state.get("fingerprint"))
         self._changes.append({"consumed_samples": consumed, "from": before, "to": self.fingerprint})
         return before
 
@@ -139,23 +141,45 @@ class TrainBatches:
             at = beyond
         return at
 
-    def _differences(self, state: Mapping[str, JSON], differing: Sequence[str]) -> str:
-        """Why a saved position is not one in these data, and what can be done about it."""
-        if differing != ["fingerprint"]:
-            named = "; ".join(f"{name}: saved {state.get(name)}, now {self._identity[name]}" for name in differing)
-            return f"the saved position belongs to other data: {named}. Restore the settings, or start a new run."
-        sizes = [
-            f"{saved:,} training {name}, now {size:,}"
-            for name, size in self._sizes.items()
-            if isinstance(saved := state.get(name), int)
-        ]
-        same = "the same numbers of documents and tokens, other contents, tokenizer, order or data.held_out_fraction"
-        what = "; ".join(sizes) if any(state.get(name) != size for name, size in self._sizes.items()) else same
+
+def _position_problem(
+    state: Mapping[str, JSON], prepared: PreparedData, *, seq_len: int, seed: int, accept_change: bool
+) -> str | None:
+    """Why a saved position is not one in these data, and what can be done about it; None if it is."""
+    identity = _identity(prepared, seq_len, seed)
+    differing = [name for name, value in identity.items() if state.get(name) != value]
+    if differing and differing != ["fingerprint"]:
+        named = "; ".join(f"{name}: saved {state.get(name)}, now {identity[name]}" for name in differing)
+        return f"the saved position belongs to other data: {named}. Restore the settings, or start a new run."
+    if state.get("tokenizer", prepared.tokenizer_hash) != prepared.tokenizer_hash:
         return (
-            f"the data changed under the run: fingerprint {str(state.get('fingerprint'))[:8]}, now "
-            f"{self.fingerprint[:8]} ({what}). Restore the data, start a new run, or go on at sample "
-            f"{state.get('consumed_samples')} of the new data with --accept-data-change (it is recorded)."
+            f"the tokenizer changed ({str(state['tokenizer'])[:8]}, now {prepared.tokenizer_hash[:8]}), and the "
+            "weights have learnt the old one. Restore the data, or keep it with data.tokenizer=RUN/tokenizer.json "
+            "data.tokenizer_vocab_size=null."
         )
+    if not differing or accept_change:
+        return None
+    sizes = _sizes(prepared)
+    changed = [
+        f"{saved:,} training {name}, now {size:,}"
+        for name, size in sizes.items()
+        if isinstance(saved := state.get(name), int)
+    ]
+    same = "the same numbers of documents and tokens, but other contents, order or data.held_out_fraction"
+    what = "; ".join(changed) if any(state.get(name) != size for name, size in sizes.items()) else same
+    return (
+        f"the data changed under the run: fingerprint {str(state.get('fingerprint'))[:8]}, now "
+        f"{prepared.fingerprint[:8]} ({what}). Restore the data, start a new run, or go on at sample "
+        f"{state.get('consumed_samples')} of the new data with --accept-data-change (it is recorded)."
+    )
+
+
+def _identity(prepared: PreparedData, seq_len: int, seed: int) -> dict[str, int | str]:
+    return {"fingerprint": prepared.fingerprint, "seq_len": seq_len, "seed": seed}
+
+
+def _sizes(prepared: PreparedData) -> dict[str, int]:
+    return {"documents": prepared.num_train_documents, "tokens": prepared.num_train_tokens}
 
 
 def held_out_batches(

@@ -58,6 +58,8 @@ class PreparedData:
     held_out_fraction: float
     tokenizer_path: Path | None
     """The tokenizer.json; None for ready-made tokens without one."""
+    tokenizer_hash: str
+    """Of its content; empty without one."""
     fingerprint: str
     """Changes when the documents, their tokens, their order or the split do; not with paths or times."""
     num_train_documents: int
@@ -201,6 +203,7 @@ def _prepared(
         hashes_path=folder / "hashes.npy",
         held_out_fraction=fraction,
         tokenizer_path=tokenizer_path,
+        tokenizer_hash=tokenizer_hash,
         fingerprint=digest.hexdigest()[:32],
         num_train_documents=int((~mask).sum()),
         num_train_tokens=file.num_tokens - held_out_tokens,

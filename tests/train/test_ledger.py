@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megagrok.data.ledger import Begin, ledger_path, read_ledger
-from megagrok.errors import EXIT_TRANSIENT, DataError
+from megagrok.errors import EXIT_TRANSIENT, CheckpointError, DataError
 from megagrok.train.files import RunFiles
 from tests.train.commands import Command, run, steps_in, wait_until
 
@@ -107,10 +107,17 @@ def test_a_run_goes_on_in_another_layout_inside_an_epoch_and_at_its_edge(
 
 
 def grow(folder: Path, number: int) -> None:
-    """A corpus of `number` documents."""
+    """A corpus of `number` documents, the later ones in other words."""
     folder.mkdir(exist_ok=True)
     for document in range(number):
-        (folder / f"{document:03d}.txt").write_text(f"document {document}: " + "the quick brown fox jumps. " * 60)
+        words = "the quick brown fox jumps. " if document < 40 else "sphinx of black quartz, judge my vow! "
+        (folder / f"{document:03d}.txt").write_text(f"document {document}: " + words * 60)
+
+
+def grow_back(folder: Path, number: int) -> None:
+    """Only the first `number` documents."""
+    for path in sorted(folder.iterdir())[number:]:
+        path.unlink()
 
 
 def test_other_data_are_refused_with_what_changed_and_accepted_on_the_record_only(config: Path, tmp_path: Path) -> None:
@@ -120,10 +127,18 @@ def test_other_data_are_refused_with_what_changed_and_accepted_on_the_record_onl
     own.write_text(text.replace("held_out_fraction: 0.1", "held_out_fraction: 0.2"))
     run("train", own, "train.steps=4", folder=tmp_path)
     grow(tmp_path / "corpus", 60)
-    refused = run("train", own, folder=tmp_path, status=DataError.exit_code)
+    # More text trains another tokenizer, which the weights do not know.
+    refused = run("train", own, "--accept-data-change", folder=tmp_path, status=DataError.exit_code)
+    assert "the tokenizer changed" in refused.err and "data.tokenizer=RUN/tokenizer.json" in refused.err
+    kept = ("data.tokenizer=runs/law/tokenizer.json", "data.tokenizer_vocab_size=null")
+    refused = run("train", own, *kept, folder=tmp_path, status=CheckpointError.exit_code)
+    assert "data.tokenizer: the checkpoint has None" in refused.err and "--accept-data-change" in refused.err
+    run("train", own, "--accept-data-change", *kept, "train.steps=6", folder=tmp_path)
+    grow(tmp_path / "corpus", 80)
+    refused = run("resume", "runs/law", folder=tmp_path, status=DataError.exit_code)
     assert "the data changed under the run" in refused.err
     assert "training documents, now" in refused.err and "--accept-data-change" in refused.err
-    run("train", own, "--accept-data-change", "train.steps=6", folder=tmp_path)
+    grow_back(tmp_path / "corpus", 60)
     run("resume", "runs/law", "train.steps=8", folder=tmp_path)  # from here on these are the run's data
     done = run("audit-data", "runs/law", folder=tmp_path)
     assert "note: after step 4 (generation " in done.out and "exactly once" in done.out
