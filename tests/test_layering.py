@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    "errors", "config", "plan", "platform", "parallel", "kernels", "model", "data", "checkpoint", "engine", "telemetry",
+    "errors", "whole_file", "config", "plan", "platform", "parallel", "kernels", "model", "data", "checkpoint", "engine", "telemetry",
     "train", "verify", "slurm", "drill", "lab", "specialise", "cli", "__main__",
 )  # fmt: skip
 

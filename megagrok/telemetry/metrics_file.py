@@ -7,7 +7,6 @@ kill. The rewrite is a new file that replaces the old one, so that a kill during
 
 import json
 import logging
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from megagrok.data.lines import LineFile
 from megagrok.errors import DataError, MachineError
 from megagrok.telemetry.records import EvaluationRecord, GuardRecord, Record, StepRecord, parse_record
+from megagrok.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _drop_after(path: Path, last_step: int) -> frozenset[int]:
     # Step 0 is a new run: an evaluation of step 0 that an earlier run left behind is of other weights.
     records = _read_records(path) if last_step > 0 and path.exists() else []
     kept = [record for record in records if record.step <= last_step or isinstance(record, GuardRecord)]
-    _replace(path, b"".join(map(_line, kept)))
+    write_whole(path, b"".join(map(_line, kept)), sync=True)
     return frozenset(record.step for record in kept if isinstance(record, EvaluationRecord))
 
 
@@ -141,15 +141,3 @@ def _decode(line: bytes, place: str) -> Record:
     if not isinstance(decoded, dict):
         raise DataError(f"{place}: a {type(decoded).__name__}, expected an object. Move the file away to go on.")
     return parse_record(decoded, place=place)
-
-
-def _replace(path: Path, text: bytes) -> None:
-    """Put `text` at `path` whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    # A link of that name, whoever put it there, is not followed.
-    new.unlink(missing_ok=True)
-    with new.open("xb") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(new, path)

@@ -5,7 +5,6 @@ other file. Pictures are SVG inside the page (`figures`), text is escaped, there
 """
 
 import html
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from megagrok.telemetry.expert_load import imbalance
 from megagrok.telemetry.progress import format_duration
 from megagrok.telemetry.records import EvaluationRecord, StepRecord
+from megagrok.whole_file import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2128; --muted: #626a76;
@@ -70,12 +70,7 @@ def write_report(
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
-    new = path.with_name(path.name + ".new")
-    # A link of that name, whoever put it there, is not followed.
-    new.unlink(missing_ok=True)
-    with new.open("x", encoding="utf-8") as file:
-        file.write(page)
-    os.replace(new, path)
+    write_whole(path, page)
 
 
 def _summary(records: Sequence[StepRecord]) -> str:

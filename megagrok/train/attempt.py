@@ -5,11 +5,12 @@ Readers need no torch: `megagrok slurm status` and `why` run on a login node. A 
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from megagrok.whole_file import write_whole
 
 _FOLDER = "attempts"
 
@@ -111,10 +112,7 @@ def write_page(root: Path, page: NodePage) -> None:
     """Put a node's page in place in one move. Raises OSError."""
     folder = attempt_folder(root, page.generation)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"node-{page.node:03d}.json"
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(asdict(page)), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(folder / f"node-{page.node:03d}.json", json.dumps(asdict(page)))
 
 
 def read_attempts(root: Path) -> list[Attempt]:

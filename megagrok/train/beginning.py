@@ -16,6 +16,7 @@ from megagrok.errors import CheckpointError, DataError, MegagrokError
 from megagrok.parallel.beats import Beats
 from megagrok.parallel.ranks import Alone, Ranks
 from megagrok.parallel.watch import phase_limits
+from megagrok.train.attempt import read_attempts
 from megagrok.train.files import RunFiles
 from megagrok.train.folder import write_run_files
 from megagrok.train.room import require_room
@@ -106,10 +107,24 @@ def take_up(run: RunConfig, files: RunFiles, prepared: PreparedData, request: Re
     require_room(run, files.checkpoints)
     checkpoint = find_checkpoint(files.checkpoints, ranks=Alone(), verify="sizes")
     require_one_run(files.checkpoints)
+    if checkpoint is None:
+        _check_nothing_was_lost(files)
     _check_resumable(checkpoint, run, request.accept_data_change)
     if checkpoint is not None:
         _check_position(checkpoint, run, prepared, request.accept_data_change)
     write_run_files(run, files, prepared)
+
+
+def _check_nothing_was_lost(files: RunFiles) -> None:
+    """Refuse to begin a run that has begun before, and saved: its checkpoints must be somewhere. Raises
+    CheckpointError."""
+    saved = max((attempt.saved_step or 0 for attempt in read_attempts(files.root)), default=0)
+    if saved:
+        raise CheckpointError(
+            f"{files.checkpoints} has no checkpoint, though an earlier start saved step {saved} there: not starting "
+            f"from scratch. Bring the checkpoints back; to begin again, remove {files.root}, or choose another name "
+            "(name=...)."
+        )
 
 
 def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig, accept_data_change: bool) -> None:

@@ -23,6 +23,7 @@ from megagrok.errors import CheckpointError, MachineError
 from megagrok.parallel.placement import Nodes
 from megagrok.parallel.ranks import Ranks
 from megagrok.train.files import RunFiles
+from megagrok.whole_file import write_whole
 
 REFRESH_SECONDS = 2.0
 # A holder that has not been heard for so long is gone; it will find out by its generation if it is not.
@@ -227,9 +228,7 @@ def _may_live(holder: Holder, nodes: Nodes) -> bool:
 
 def _write(path: Path, holder: Holder, *, released: bool = False) -> None:
     now = Holder(**{**asdict(holder), "beat_at": time.time(), "released": released})
-    beside = path.with_name(f"{path.name}.{holder.generation}.{holder.pid}")
-    beside.write_text(now.to_json(), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, now.to_json())
 
 
 def _name(holder: Holder) -> str:

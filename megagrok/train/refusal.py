@@ -11,9 +11,7 @@ samples out.
 
 import json
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from megagrok.checkpoint import Checkpoint, find_checkpoint
@@ -26,6 +24,7 @@ from megagrok.telemetry.records import GuardRecord, to_json_number
 from megagrok.train.account import Account
 from megagrok.train.files import RunFiles
 from megagrok.train.guard import Guard, Verdict
+from megagrok.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,8 @@ class Refusals:
         }
         path = self._files.bad_step(refused.step)
         try:
-            _replace(path, json.dumps(page))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(page), sync=True)
         except OSError as error:
             # Not print: a log that cannot be written either must not end the run.
             logger.warning("%s cannot be written (%s); the run goes on without it", path, error)
@@ -214,15 +214,3 @@ def left_out_on_record(files: RunFiles, run_id: str, consumed_samples: int, rank
     agreed = ranks.gather(found)[0]
     assert isinstance(agreed, list)
     return [(int(str(low)), int(str(high))) for low, high in agreed]
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    # A link of that name, whoever put it there, is not followed.
-    new.unlink(missing_ok=True)
-    with new.open("x", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(new, path)

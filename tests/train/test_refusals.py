@@ -76,6 +76,17 @@ def test_only_damaged_checkpoints_end_the_command_and_begin_no_run(
     assert after["metrics.jsonl"] == before["metrics.jsonl"]
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(config: Path, tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "runs" / "law")
+    run("train", config, "train.steps=2", "schedule.decay_steps=0", folder=tmp_path)
+    shutil.move(files.checkpoints, tmp_path / "moved")
+    done = run("train", config, folder=tmp_path, status=4)
+    assert "has no checkpoint, though an earlier start saved step 2 there: not starting from scratch" in done.err
+    shutil.rmtree(files.checkpoints)
+    shutil.move(tmp_path / "moved", files.checkpoints)
+    assert "resuming from" in run("train", config, folder=tmp_path).err
+
+
 def test_data_that_does_not_suffice_is_refused_before_the_run_has_a_folder(config: Path, tmp_path: Path) -> None:
     done = run("train", config, "train.evaluate_samples=4000", folder=tmp_path, status=3)
     assert re.search(
