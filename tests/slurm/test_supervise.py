@@ -283,3 +283,38 @@ def test_a_job_that_cannot_carry_the_run_ends_at_once(
     ran = sbatch(cluster, desk, *options)
     assert cluster.wait_for(int(ran.out), *OVER)["ExitCode"] == "2:0"
     assert any(text in path.read_text() for path in desk.folder.glob("megagrok-*.log"))
+
+
+@pytest.mark.slow
+def test_the_time_limit_is_warned_of_and_the_job_comes_back(cluster: Cluster, desk: Desk) -> None:
+    site = 'walltime: "00:01:00"\nsignal_lead_seconds: 30'
+    story = tell(cluster, desk, both(code=75, seconds=200, step=4, saved=4), both(code=0, step=9), site=site)
+    job = story.cluster.wait_for(story.job, *OVER, limit_seconds=150)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), story.log()
+    assert story.actions() == ["requeue", "done"]
+
+
+@pytest.mark.slow
+def test_ten_requeues_need_no_person_and_truncate_no_log(cluster: Cluster, desk: Desk) -> None:
+    story = tell(cluster, desk, *[both(code=75, seconds=100)] * 10, both(code=0))
+    for number in range(1, 11):
+        story.wait_for_start(number)
+        cluster.output("scontrol", "requeue", story.job)
+    job = story.end()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "10"), story.log()
+    assert story.actions()[-1] == "done"
+    (log,) = story.files.root.glob("logs/*.log")
+    for restart in range(11):
+        assert f"restart {restart}: starting on" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_controller_that_restarts_disturbs_no_rank(cluster: Cluster, desk: Desk) -> None:
+    story = tell(cluster, desk, both(code=0, seconds=12))
+    story.wait_for_start()
+    cluster.output("kill", (cluster.root / "slurmctld.pid").read_text().strip())
+    time.sleep(3)
+    cluster.output("slurmctld")
+    job = story.end()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), story.log()
+    assert len(story.lines("attempt")) == 1
