@@ -24,6 +24,9 @@ _OPTION = re.compile(r"^#SBATCH\s+--?(?P<name>[a-zA-Z][\w-]*)(?:[=\s]\s*(?P<valu
 # Slurm may send the warning up to a minute early or late, and a save under load takes longer than the last one.
 _SAVE_MARGIN = 2.0
 _TAIL_BYTES = 1 << 20
+# How megagrok/train/saving.py tells of a save; metrics.jsonl has only what is the same on every machine.
+_SAVED = re.compile(r"saved: held (?P<held>[\d.]+) s, written in (?P<written>[\d.]+) s")
+_NEWEST_STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,21 +169,32 @@ def script_problems(script: str) -> list[Problem]:
 
 
 def measure(files: RunFiles) -> Measured:
-    """What the run's own records say about how long things take. Reads at most the end of metrics.jsonl."""
-    steps, saves = [], []
-    if files.metrics.exists():
-        with files.metrics.open("rb") as file:
-            file.seek(max(0, files.metrics.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                steps += [record["step_seconds"]] if isinstance(record.get("step_seconds"), float) else []
-                saves += [record["save_seconds"]] if isinstance(record.get("save_seconds"), float) else []
+    """What the run's own records say about how long things take. Reads at most the ends of them."""
+    steps = []
+    for line in _tail(files.metrics).splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step_seconds"), float):
+            steps.append(record["step_seconds"])
+    logs = sorted((files.root / "attempts").glob("*/rank-00000.log"))
+    saves = [
+        float(found["held"]) + float(found["written"])
+        for log in logs[-_NEWEST_STARTS:]
+        for found in _SAVED.finditer(_tail(log))
+    ]
     return Measured(step=statistics.median(steps) if steps else None, save=max(saves, default=None))
+
+
+def _tail(path: Path) -> str:
+    """The end of a text; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _option_problems(number: int, name: str, value: str) -> list[Problem]:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from megagrok.slurm.checks import measure
 from megagrok.train.files import RunFiles
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import CLUSTER, CONFIGS, Desk
@@ -99,6 +100,9 @@ def test_preempted_cut_off_and_requeued_it_is_the_run_that_nobody_touched(
         cluster.plug("node2")
     assert job["JobState"] == "COMPLETED", story.log()
     assert story.actions() == ["requeue", "restart", "done"]
+    # What the next submission is checked against.
+    measured = measure(story.files)
+    assert measured.step is not None and measured.save is not None and measured.step > 0 < measured.save
     *_, last = story.lines("attempt")
     assert last.words("nodes") == ["node1", "node3"]
     assert_same_run(story.files, untouched, STEPS)
