@@ -97,10 +97,12 @@ def why(what: str) -> str:
     if not has_begun:
         meaning = "nothing has been started yet" if decided is None else "nothing was started"
     elif decided is not None and decided.facts.get("action") == "stop":
-        code = decided.number("code")
+        # 70 for a run that gets no further; 0, of one that was cancelled, says nothing about the run.
+        code = decided.number("code") or code
     if _is_running(seen):
         before = f"; before that, {meaning}{outcome}" if any(line.event == "ended" for line in seen.lines) else ""
-        meaning, outcome = f"it runs: start {0 if seen.attempt is None else seen.attempt.generation}{before}", ""
+        begun = next(line for line in reversed(seen.lines) if line.event == "attempt")
+        meaning, outcome = f"it runs: start {1 + (begun.number('after') or 0)}{before}", ""
     first = f"{ended.who}: {ended.message}" if ended.who else ended.message or "nobody failed"
     where = "no rank had begun" if ended.step is None and not ended.furthest_step else _where(ended)
     redo = max(0, (ended.furthest_step or 0) - (seen.saved_step or 0))

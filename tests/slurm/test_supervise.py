@@ -228,6 +228,7 @@ def test_cancel_saves_and_is_final(cluster: Cluster, desk: Desk) -> None:
     assert story.actions() == ["stop"]
     assert story.lines("ended")[0].number("exit_code") == 76
     assert "the run was cancelled" in story.why()[0]
+    assert story.why()[4].startswith("next   megagrok slurm submit ")
 
 
 def test_a_waiting_job_is_cancelled(cluster: Cluster, desk: Desk) -> None:
