@@ -22,6 +22,7 @@ from megagrok.parallel.placement import Nodes
 from megagrok.parallel.ranks import JSON, Alone, Ranks
 
 _POLL_SECONDS = 0.05
+_LEAVE_SECONDS = 5.0
 _SIOCGIFADDR = 0x8915
 
 
@@ -39,27 +40,27 @@ class Crew:
         keys = [f"{self._round}/{other}" for other in range(self.world_size)]
         try:
             self._store.set(keys[self.rank], json.dumps(value))
-            self._wait_for(keys)
+            self._wait_for(keys, self._timeout_seconds)
             return [cast(JSON, json.loads(self._store.get(key))) for key in keys]
         except dist.DistError as error:
             raise RankError(f"node {self.rank} of {self.world_size} lost node 0: {error}") from error
 
-    def leave(self) -> None:
-        """The last call. Node 0, which holds the store, returns when all others have left."""
+    def leave(self, timeout_seconds: float) -> None:
+        """The last call. Node 0, which holds the store, returns when all others have left, or after the timeout."""
         try:
             self._store.set(f"left/{self.rank}", "")
             if self.rank == 0:
-                self._wait_for([f"left/{other}" for other in range(self.world_size)])
-        except dist.DistError:
-            return  # node 0 is gone, and there is nothing left to say to it
+                self._wait_for([f"left/{other}" for other in range(self.world_size)], timeout_seconds)
+        except (dist.DistError, RankError):
+            return  # whoever is gone has nothing left to hear
 
-    def _wait_for(self, keys: list[str]) -> None:
-        deadline = time.monotonic() + self._timeout_seconds
+    def _wait_for(self, keys: list[str], timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
         while not self._store.check(keys):
             if time.monotonic() > deadline:
                 missing = [str(other) for other, key in enumerate(keys) if not self._store.check([key])]
                 raise RankError(
-                    f"node {self.rank} of {self.world_size} waited {self._timeout_seconds:g} s for the launchers of "
+                    f"node {self.rank} of {self.world_size} waited {timeout_seconds:g} s for the launchers of "
                     f"nodes {', '.join(missing)}"
                 )
             time.sleep(_POLL_SECONDS)
@@ -86,8 +87,13 @@ def meet(nodes: Nodes, *, timeout_seconds: float) -> Iterator[Ranks]:
     holder = _hold_store(nodes, timeout_seconds) if nodes.index == 0 else None
     crew = Crew(nodes, holder or reach_store(nodes, timeout_seconds), timeout_seconds)
     crew.barrier()
-    yield crew
-    crew.leave()
+    try:
+        yield crew
+    except BaseException:
+        # The others may not have read yet why.
+        crew.leave(_LEAVE_SECONDS)
+        raise
+    crew.leave(timeout_seconds)
 
 
 def reach_store(nodes: Nodes, timeout_seconds: float) -> Store:

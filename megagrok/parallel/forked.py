@@ -81,6 +81,7 @@ class ForkedRank:
         self._process = context.Process(target=_live, args=(body, rank_end, os.getpid(), log, stack_file), name=name)
         self._seen_alive = time.time()
         self.ending: Ending | None = None
+        self._is_reaped = False
         self._process.start()
         # Only the rank may hold its end: then its death is an end of file here.
         rank_end.close()
@@ -119,7 +120,7 @@ class ForkedRank:
 
     def signal(self, number: int) -> None:
         """Send a signal, unless the rank has been reaped (its process id may be another's by now)."""
-        if self._process.is_alive():
+        if not self._is_reaped and self._process.is_alive():
             os.kill(self.pid, number)
 
     def reap(self) -> None:
@@ -127,6 +128,8 @@ class ForkedRank:
         if self.ending is not None:
             self.release()
             self._process.join(timeout=LEAVE_SECONDS)
+        # A stop signal may still come, and be passed on, while the others are reaped.
+        self._is_reaped = True
         self._process.kill()
         self._process.join()
         self._process.close()

@@ -6,7 +6,8 @@ on its page of the start (logbook.py), whatever becomes of it.
 
 import multiprocessing
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ from megagrok.parallel.ranks import Ranks
 from megagrok.parallel.topology import Topology
 from megagrok.parallel.watch import Watch, phase_limits
 from megagrok.plan import world_size
-from megagrok.platform import CPU, check_precision, find_platform
+from megagrok.platform import CPU, find_platform
 from megagrok.train.beginning import (
     Request,
     Start,
@@ -35,7 +36,7 @@ from megagrok.train.beginning import (
 )
 from megagrok.train.files import RunFiles
 from megagrok.train.lease import Lease, leased, next_generation
-from megagrok.train.logbook import Logbook
+from megagrok.train.logbook import Logbook, on_record
 from megagrok.train.stop import StopRequest, hold_signals
 
 # A launcher waits this long for those of the other nodes: imports from a shared disk, and node 0's work on the data.
@@ -46,18 +47,15 @@ def launch(run: RunConfig, files: RunFiles, nodes: Nodes, stop: StopRequest, req
     """Train with this node's share of the ranks. Every node's launcher calls it; raises as `start_training` says."""
     mine = nodes.local_ranks(world_size(run.parallel))
     on_gpus = _uses_gpus(mine, nodes)
-    if not on_gpus:
-        check_precision(CPU, run.train.precision)
     beats = Beats(mine.start, len(mine))
-    logbook: Logbook | None = None
-    error: BaseException | None = None
-    try:
-        with meet(nodes, timeout_seconds=_MEET_SECONDS) as launchers, ExitStack() as held:
+    with meet(nodes, timeout_seconds=_MEET_SECONDS) as launchers, ExitStack() as held:
+        taken: list[Lease] = []
+        with _refusals_on_record(files, nodes, beats):
             prepared = _prepare(run, launchers, stop)
-            taken: list[Lease] = []
             on_rank_0(launchers, lambda: taken.append(held.enter_context(leased(files, nodes))))
-            lease = Lease.shared(files.lease, launchers, taken)
-            logbook = Logbook(files.root, lease.generation, nodes)
+        lease = Lease.shared(files.lease, launchers, taken)
+        logbook = Logbook(files.root, lease.generation, nodes)
+        with on_record(logbook, beats):
             on_rank_0(launchers, lambda: take_up(run, files, prepared, request))
             stop.check()
             start = Start(
@@ -72,15 +70,18 @@ def launch(run: RunConfig, files: RunFiles, nodes: Nodes, stop: StopRequest, req
                 from megagrok.train.finish import finish_run
 
                 finish_run(run, files, find_platform() if on_gpus else CPU)
-    except BaseException as caught:
-        error = caught
+
+
+@contextmanager
+def _refusals_on_record(files: RunFiles, nodes: Nodes, beats: Beats) -> Iterator[None]:
+    """A start that is refused before it has the run leaves a page too, under Slurm: whoever supervises the job must
+    learn why nothing was trained."""
+    try:
+        yield
+    except BaseException as error:
+        if nodes.job is not None and files.root.exists():
+            Logbook(files.root, next_generation(files), nodes).close(beats.read(), error)
         raise
-    finally:
-        if logbook is None and nodes.job is not None and files.root.exists():
-            # Refused before it had the run: whoever supervises the job must learn why nothing was trained.
-            logbook = Logbook(files.root, next_generation(files), nodes)
-        if logbook is not None:
-            logbook.close(beats.read(), error)
 
 
 def _run_watched(

@@ -6,13 +6,15 @@ One per launcher. Trouble in writing it never ends a run.
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from megagrok.errors import EXIT_BUG, MegagrokError, RankError
-from megagrok.parallel.beats import Beat
+from megagrok.errors import EXIT_BUG, MachineError, MegagrokError, RankError
+from megagrok.parallel.beats import Beat, Beats
 from megagrok.parallel.placement import Nodes
 from megagrok.train.attempt import Ending, NodePage, RankState, attempt_folder, write_page
+from megagrok.whole_file import write_whole
 
 _WRITE_SECONDS = 2.0
 
@@ -28,13 +30,17 @@ class Logbook:
         self._written_at = 0.0
 
     def log_of(self, rank: int) -> Path:
-        """The file of a rank's output in this start, with its first line in place."""
-        folder = attempt_folder(self._root, self._generation)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank-{rank:05d}.log"
+        """The file of a rank's output in this start, with its first line in place. Raises MachineError."""
+        path = attempt_folder(self._root, self._generation) / f"rank-{rank:05d}.log"
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._started_at))
-        with path.open("a", encoding="utf-8") as log:
-            log.write(f"# rank {rank} on {self._host}, start {self._generation}, job {self._nodes.job}, {at}\n")
+        header = f"# rank {rank} on {self._host}, start {self._generation}, job {self._nodes.job}, {at}\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Not through a link, whoever put it there.
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644), "wb") as log:
+                log.write(header.encode())
+        except OSError as error:
+            raise MachineError(f"{path} cannot be written: {error.strerror}. Free it, or repair the disk.") from error
         return path
 
     def started(self, pids: Sequence[int]) -> None:
@@ -56,7 +62,7 @@ class Logbook:
         if isinstance(error, RankError) and error.stacks:
             try:
                 folder = attempt_folder(self._root, self._generation)
-                (folder / f"stacks-node-{self._nodes.index:03d}.txt").write_text(error.stacks, encoding="utf-8")
+                write_whole(folder / f"stacks-node-{self._nodes.index:03d}.txt", error.stacks)
             except OSError:
                 return  # they are in the launcher's output too
 
@@ -108,6 +114,17 @@ class Logbook:
             write_page(self._root, page)
         except OSError:
             return  # a full disk costs the operator this page, not the run
+
+
+@contextmanager
+def on_record(logbook: Logbook, beats: Beats) -> Iterator[None]:
+    """Close the page with however the block ends."""
+    try:
+        yield
+    except BaseException as error:
+        logbook.close(beats.read(), error)
+        raise
+    logbook.close(beats.read(), None)
 
 
 def exit_code_of(error: BaseException | None) -> int:

@@ -22,6 +22,7 @@ from megagrok.train.beginning import Request, Start, collective_timeout_seconds,
 from megagrok.train.files import RunFiles
 from megagrok.train.launcher import launch
 from megagrok.train.lease import Lease, leased
+from megagrok.train.logbook import Logbook, on_record
 from megagrok.train.stop import leave_on_stop
 
 
@@ -57,14 +58,12 @@ def _train_as_placed(run: RunConfig, files: RunFiles, placement: Placement, requ
         taken: list[Lease] = []
         on_rank_0(ranks, lambda: taken.append(held.enter_context(leased(files, Nodes(), beating=True))))
         lease = Lease.shared(files.lease, ranks, taken)
+        beats = Beats(placement.rank, 1)
+        if taken:
+            # One page for all: torchrun knows more of the ranks' ends than one of them.
+            held.enter_context(on_record(Logbook(files.root, lease.generation, Nodes()), beats))
         on_rank_0(ranks, lambda: take_up(run, files, prepared, request))
-        start = Start(
-            request=request,
-            generation=lease.generation,
-            fence=lease,
-            beats=Beats(placement.rank, 1),
-            timeout_seconds=timeout,
-        )
+        start = Start(request=request, generation=lease.generation, fence=lease, beats=beats, timeout_seconds=timeout)
         train_rank(ranks, run, files, prepared, start)
         if request.looks_back:
             on_rank_0(ranks, lambda: finish_run(run, files, platform))
