@@ -5,6 +5,8 @@ is gone and Slurm sees nothing wrong with a job that does nothing until its time
 does is to hand the job back to the queue, where it starts anew.
 """
 
+import signal
+import sys
 import time
 
 from megagrok.slurm.environment import environment
@@ -14,7 +16,8 @@ ASK_SECONDS = 10.0
 
 
 def guard(job: int, head: str) -> None:
-    """Return when `head` was lost and the job is requeued; otherwise it is ended together with the job."""
+    """Return when `head` was lost and the job is requeued; leave quietly when the supervisor says so (SIGUSR1)."""
+    signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(0))
     while True:
         time.sleep(ASK_SECONDS)
         if down_nodes([head], environment()):

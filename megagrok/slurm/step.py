@@ -16,6 +16,7 @@ from megagrok.slurm.script import Submission
 
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 30.0
+_QUICK_SECONDS = 3.0
 
 
 def srun_command(
@@ -79,6 +80,14 @@ class Step:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=_POLL_SECONDS)
         return code
+
+    def dismiss(self) -> None:
+        """Ask for the end and see to it, where nothing is to be saved."""
+        self.ask_to_stop()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=_QUICK_SECONDS)
+        if self.process.poll() is None:
+            self.end()
 
     def end(self) -> None:
         """End the step, then srun itself: a task on a dead node never answers."""

@@ -93,7 +93,7 @@ class Supervisor:
             return self._run()
         finally:
             if self._guard is not None:
-                self._guard.end()
+                self._guard.dismiss()
 
     def _run(self) -> int:
         for number in (signal.SIGUSR1, signal.SIGINT):
