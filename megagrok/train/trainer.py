@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from megagrok.config import RunConfig
@@ -28,29 +29,23 @@ class Hook(Protocol):
         """Called by all ranks after each update, in the same order."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
     """Engine, data, guard and hooks of one rank."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        engine: Engine,
-        data: TrainBatches,
-        guard: Guard,
-        soundness: Soundness,
-        refusals: Refusals,
-        account: Account,
-        hooks: Sequence[Hook],
-        ranks: Ranks,
-        platform: Platform,
-        pulse: Pulse,
-        inject: "Inject | None" = None,
-    ) -> None:
-        """inject: called with the step by every rank; for drills, it may spoil gradients and weights."""
-        self._run, self._engine, self._data, self._account = run, engine, data, account
-        self._guard, self._soundness, self._refusals = guard, soundness, refusals
-        self._hooks, self._ranks, self._platform, self._inject = hooks, ranks, platform, inject
-        self._pulse = pulse
+    run: RunConfig
+    engine: Engine
+    data: TrainBatches
+    guard: Guard
+    soundness: Soundness
+    refusals: Refusals
+    account: Account
+    hooks: Sequence[Hook]
+    ranks: Ranks
+    platform: Platform
+    pulse: Pulse
+    inject: "Inject | None"
+    """Called with the step by every rank; for drills, it may spoil gradients and weights."""
 
     def train(self, done_steps: int, stop: StopRequest) -> int:
         """Run the steps after `done_steps` to the end of the run, or to the first step after a stop was asked for.
@@ -58,31 +53,31 @@ class Trainer:
         Collective. Returns the last step. Raises NonFiniteError or SpikeError before weights move; see `train_step`.
         """
         done = done_steps
-        while done < self._run.train.steps:
+        while done < self.run.train.steps:
             result = self.train_step(done + 1)
             if isinstance(result, StepResult):
-                for hook in self._hooks:
+                for hook in self.hooks:
                     hook.after_step(result)
             done = result.step
-            if done < self._run.train.steps and self._ranks.any(stop.is_raised):
+            if done < self.run.train.steps and self.ranks.any(stop.is_raised):
                 break
         return done
 
     def train_step(self, step: int) -> StepResult | WayBack:
         """One optimizer update. Order matters and is the documentation."""
         started = time.perf_counter()
-        self._pulse.enter("step", step)
-        first_sample = self._data.next_sample
-        global_batch = global_batch_at(self._run.train, first_sample)
-        batch = self._data.next_batch(global_batch)  # CPU; carries document ids, so a bad step can be looked into
-        totals = self._engine.forward_backward(batch)  # sums over tokens, equal on all ranks
-        if self._inject is not None:
-            self._inject(step, self._engine)
-        self._soundness.before_update(step)
+        self.pulse.enter("step", step)
+        first_sample = self.data.next_sample
+        global_batch = global_batch_at(self.run.train, first_sample)
+        batch = self.data.next_batch(global_batch)  # CPU; carries document ids, so a bad step can be looked into
+        totals = self.engine.forward_backward(batch)  # sums over tokens, equal on all ranks
+        if self.inject is not None:
+            self.inject(step, self.engine)
+        self.soundness.before_update(step)
         lr = self._learning_rate(step)
         update, verdict = self._update(step, totals, lr)  # reduce, judge, clip, step; or nothing moves, on any rank
         if verdict is None:
-            self._account.write(step, batch, global_batch, "trained")
+            self.account.write(step, batch, global_batch, "trained")
         else:
             refused = Refused(
                 step=step,
@@ -90,30 +85,30 @@ class Trainer:
                 batch=batch,
                 global_batch=global_batch,
                 first_sample=first_sample,
-                end_sample=self._data.consumed_samples,
+                end_sample=self.data.consumed_samples,
             )
-            done = self._refusals.carry_out(refused)  # raises on every rank together if the run is to stop
+            done = self.refusals.carry_out(refused)  # raises on every rank together if the run is to stop
             if done < step:
                 return WayBack(done)
-        self._platform.wait()
-        self._pulse.step_done()
+        self.platform.wait()
+        self.pulse.step_done()
         seconds = time.perf_counter() - started
-        return StepResult(step, totals, update, lr, global_batch, self._data.consumed_samples, seconds)
+        return StepResult(step, totals, update, lr, global_batch, self.data.consumed_samples, seconds)
 
     def _update(self, step: int, totals: StepTotals, lr: float) -> tuple[Update, Verdict | None]:
         """Learn from the step, unless the guard or the engine refuses it; equal on all ranks."""
         loss = totals.ce_sum / totals.num_tokens
-        self._engine.reduce_gradients()
-        grad_norm = self._engine.gradient_norm() if self._guard.needs_norm else None
-        verdict = self._guard.judge(step, loss, grad_norm)
+        self.engine.reduce_gradients()
+        grad_norm = self.engine.gradient_norm() if self.guard.needs_norm else None
+        verdict = self.guard.judge(step, loss, grad_norm)
         if verdict is not None:
-            return self._engine.drop_gradients(), verdict
-        update = self._engine.step(lr)
+            return self.engine.drop_gradients(), verdict
+        update = self.engine.step(lr)
         if not update.is_applied:
-            return update, self._guard.refuse(step, f"the gradient is not finite (loss {loss:g})", loss, None)
-        self._guard.accept(step, loss, update.grad_norm)
+            return update, self.guard.refuse(step, f"the gradient is not finite (loss {loss:g})", loss, None)
+        self.guard.accept(step, loss, update.grad_norm)
         return update, None
 
     def _learning_rate(self, step: int) -> float:
-        run = self._run
+        run = self.run
         return learning_rate(step, peak=run.optimizer.lr, schedule=run.schedule, total_steps=run.train.steps)

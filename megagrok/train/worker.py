@@ -101,18 +101,18 @@ def train_rank(
             refusals = Refusals(files, run_id, engine, data, guard, account, ranks, told)
             hooks: list[Hook] = [log, evaluate, soundness, account, save]
             trainer = Trainer(
-                run,
-                engine,
-                data,
-                guard,
-                soundness,
-                refusals,
-                account,
-                hooks,
-                ranks,
-                platform,
-                pulse,
-                start.request.inject,
+                run=run,
+                engine=engine,
+                data=data,
+                guard=guard,
+                soundness=soundness,
+                refusals=refusals,
+                account=account,
+                hooks=hooks,
+                ranks=ranks,
+                platform=platform,
+                pulse=pulse,
+                inject=start.request.inject,
             )
             last = trainer.train(done, stop)
             if last < run.train.steps:
