@@ -53,7 +53,11 @@ def main(arguments: list[str]) -> int:
     deadline = time.monotonic() + plan.get("seconds", 0.2)
     while not received and time.monotonic() < deadline:
         time.sleep(0.05)
-    code = 76 if received else plan.get("code", 0)
+    code = plan.get("code", 0)
+    if received:
+        # A save takes a moment, in which a second signal would be the end of it.
+        time.sleep(1.0)
+        code = 76 if len(received) == 1 else 75
     rank = plan.get("rank")
     ending = Ending(
         exit_code=code, at=time.time(), host=node, rank=rank, phase="step", step=step,
