@@ -77,3 +77,9 @@ class RankError(MegagrokError):
     """It was killed or hung, which its machine may have caused, and raised no error of its own."""
     stacks = ""
     """Python stacks of a node's ranks, if one of them hung."""
+
+
+class RankBugError(RankError):
+    """A rank raised what only a mistake in the code raises: it would do so again."""
+
+    exit_code = EXIT_BUG

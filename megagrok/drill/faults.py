@@ -75,37 +75,35 @@ def hang(scene: Scene, rounds: int) -> None:
 
 
 def slow(scene: Scene, rounds: int) -> None:
-    """One rank gets a third of its time for some steps. It has to be named, no other, and nothing else happens."""
+    """One rank gets a third of its time. It has to be named, no other, and nothing else happens; once in a run,
+    whatever `rounds` says, for a rank is named once."""
     life = scene.live()
     scene.is_at(life, 4)
     pids = life.children()
-    # A rank is named once.
-    for victim in scene.random.sample(range(len(pids)), min(rounds, len(pids))):
-        at, begun = time.monotonic(), scene.last_step()
-        name = f"rank {victim} is slow"
-        while life.is_running() and name not in life.said and scene.last_step() < scene.run.train.steps - 2:
-            _signal(pids[victim], signal.SIGSTOP)
-            time.sleep(0.1)
-            _signal(pids[victim], signal.SIGCONT)
-            time.sleep(0.05)
-        named = time.monotonic() - at
-        problems = []
-        found = [line for line in life.said.splitlines() if "is slow" in line]
-        if len(found) != len(scene.rounds) + 1 or not found[-1].startswith(f"rank {victim} "):
-            problems.append(f"O5: rank {victim} was slow, and this was said: {found}")
-        what = f"rank {victim}, named after {scene.last_step() - begun} steps"
-        scene.rounds.append(
-            Round(
-                fault="slow",
-                what=what,
-                status=None,
-                end_seconds=None,
-                recovery_seconds=named,
-                steps_redone=0,
-                problems=tuple(problems),
-            )
-        )
+    victim = scene.random.randrange(len(pids))
+    at, begun = time.monotonic(), scene.last_step()
+    while life.is_running() and "is slow" not in life.said and scene.last_step() < scene.run.train.steps - 1:
+        _signal(pids[victim], signal.SIGSTOP)
+        time.sleep(0.1)
+        _signal(pids[victim], signal.SIGCONT)
+        time.sleep(0.05)
+    named, step = time.monotonic() - at, scene.last_step()
     scene.finish(life)
+    found = [line for line in life.said.splitlines() if "is slow" in line]
+    problems = []
+    if len(found) != 1 or not found[0].startswith(f"rank {victim} "):
+        problems.append(f"O5: rank {victim} was slow, and this was said: {found}")
+    scene.rounds.append(
+        Round(
+            fault="slow",
+            what=f"rank {victim}, named after {step - begun} steps",
+            status=None,
+            end_seconds=None,
+            recovery_seconds=named,
+            steps_redone=0,
+            problems=tuple(problems),
+        )
+    )
 
 
 def preempt(scene: Scene, rounds: int) -> None:

@@ -46,6 +46,8 @@ class Life:
     @property
     def said(self) -> str:
         """What it has said so far."""
+        if not self.output.exists():
+            return ""
         with self.output.open("rb") as stream:
             stream.seek(self._said_before)
             return stream.read().decode("utf-8", "replace")

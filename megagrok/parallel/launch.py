@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]  # documented, not in __all__
 
 from megagrok import errors
-from megagrok.errors import MachineError, MegagrokError, RankError
+from megagrok.errors import MachineError, MegagrokError, RankBugError, RankError
 from megagrok.parallel.crew import interface_towards, reach_store
 from megagrok.parallel.forked import LEAVE_SECONDS, STOP_SIGNALS, Died, Ending, Exited, Failure, ForkedRank, Returned
 from megagrok.parallel.placement import Nodes, Placement
@@ -43,6 +43,14 @@ Ts = TypeVarTuple("Ts")
 HERE = Nodes()
 """One machine, and this process its launcher."""
 _POLL_SECONDS = 0.1
+# What libraries, devices and networks raise when something breaks is a RuntimeError or an OSError.
+_BUGS = frozenset(
+    kind.__name__
+    for kind in (
+        AssertionError, AttributeError, ImportError, IndexError, KeyError, NameError, NotImplementedError, TypeError,
+        UnboundLocalError, ValueError,
+    )
+)  # fmt: skip
 
 
 def count_gpus() -> int:
@@ -260,9 +268,8 @@ def _as_error(first: Failure, rank: int, world_size: int, received: Sequence[int
         error = kind(first.message)
         error.add_note(f"First on rank {rank} of {world_size} at {at}:\n{first.trace}")
     else:
-        error = RankError(
-            f"rank {rank} of {world_size} failed first, at {at}: {first.error}: {first.message}\n{first.trace}"
-        )
+        text = f"rank {rank} of {world_size} failed first, at {at}: {first.error}: {first.message}\n{first.trace}"
+        error = RankBugError(f"{text}This is a bug of megagrok.") if first.error in _BUGS else RankError(text)
     error.rank = rank
     return error
 

@@ -28,9 +28,12 @@ _GRACE_SECONDS = 10.0
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.M)
 _WAITING_FILES = ("/torch/distributed/", "/pipeline_parallel/p2p_communication.py", "/deepspeed/comm/")
 _WAITING_LINE = re.compile(r"\.(wait|synchronize)\(")
-# A rank lags if it was busy for this much longer than its peers over so many steps.
-_LAG_RATIO = 1.4
+# A rank lags if its own work took this much longer than its peers', in each half of so many steps. Ranks that share
+# the cores of a busy machine differ by a third without any reason.
+_LAG_RATIO, _LAG_SECONDS = 1.5, 0.01
 _LAG_STEPS = 16
+_Work = tuple[int, dict[int, float]]
+"""Steps that all ranks have done, and each one's seconds of own work in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Watch:
     folder: Path = Path()
     """Where the ranks write their stacks; the launcher sets it."""
     _looked_at: float = 0.0
-    _work: dict[int, deque[tuple[int, float]]] = field(default_factory=dict)
+    _work: deque[_Work] = field(default_factory=lambda: deque(maxlen=4 * _LAG_STEPS))
     _named: set[int] = field(default_factory=set)
 
     def stack_file(self, rank: int) -> Path:
@@ -137,26 +140,33 @@ class Watch:
 
     def _name_laggards(self, beats: list[Beat]) -> None:
         """Say which rank needs longer for its own work than ranks with the same work, once for each rank."""
-        spent: dict[int, float] = {}
-        for beat in beats:
-            history = self._work.setdefault(beat.rank, deque(maxlen=2 * _LAG_STEPS))
-            if not history or beat.worked_steps != history[-1][0]:
-                history.append((beat.worked_steps, beat.worked_seconds))
-            recent = [entry for entry in history if entry[0] >= beat.worked_steps - _LAG_STEPS]
-            steps = recent[-1][0] - recent[0][0] if recent else 0
-            if steps >= _LAG_STEPS // 2:
-                spent[beat.rank] = (recent[-1][1] - recent[0][1]) / steps
-        for rank, seconds in spent.items():
-            others = [
-                spent[other] for other in spent if other != rank and self.peers.get(other, 0) == self.peers.get(rank, 0)
-            ]
-            if rank in self._named or not others or seconds < _LAG_RATIO * statistics.median(others):
-                continue
-            self._named.add(rank)
-            self.say(
-                f"rank {rank} is slow: {seconds:.3f} s of work in a step of its own, its peers with the same work need "
-                f"{statistics.median(others):.3f} s (over the last {_LAG_STEPS} steps). The others wait for it."
-            )
+        steps = min(beat.worked_steps for beat in beats)
+        if self._work and steps <= self._work[-1][0]:
+            return
+        self._work.append((steps, {beat.rank: beat.worked_seconds for beat in beats}))
+        recent = [entry for entry in self._work if entry[0] >= steps - _LAG_STEPS]
+        if len(recent) < 3 or steps - recent[0][0] < _LAG_STEPS // 2:
+            return
+        # In both halves: a machine that was busy with something else for a moment is no slow one.
+        halves = (recent[0], recent[len(recent) // 2]), (recent[len(recent) // 2], recent[-1])
+        for rank in self._work[-1][1].keys() - self._named:
+            found = [self._lag(rank, *half) for half in halves]
+            if all(own > _LAG_RATIO * usual and own - usual > _LAG_SECONDS for own, usual in found):
+                self._named.add(rank)
+                own, usual = found[-1]
+                self.say(
+                    f"rank {rank} is slow: {own:.3f} s of a step is its own work, its peers with the same work need "
+                    f"{usual:.3f} s. The others wait for it."
+                )
+
+    def _lag(self, rank: int, begin: _Work, end: _Work) -> tuple[float, float]:
+        """Seconds of own work in a step between two looks: of the rank, and of its peers; 0, 0 if it has none."""
+        seconds = {other: (end[1][other] - begin[1][other]) / (end[0] - begin[0]) for other in end[1]}
+        peers = [seconds[other] for other in seconds if other != rank and self._works_like(rank, other)]
+        return (seconds[rank], statistics.median(peers)) if peers else (0.0, 0.0)
+
+    def _works_like(self, rank: int, other: int) -> bool:
+        return self.peers.get(rank, 0) == self.peers.get(other, 0)
 
 
 def _waits(stack: str) -> bool:

@@ -24,7 +24,7 @@ from megagrok.parallel.ranks import Ranks
 from megagrok.parallel.topology import Topology
 from megagrok.parallel.watch import Watch, phase_limits
 from megagrok.plan import world_size
-from megagrok.platform import CPU, find_platform
+from megagrok.platform import CPU, check_precision, find_platform
 from megagrok.train.beginning import (
     Request,
     Start,
@@ -47,6 +47,8 @@ def launch(run: RunConfig, files: RunFiles, nodes: Nodes, stop: StopRequest, req
     """Train with this node's share of the ranks. Every node's launcher calls it; raises as `start_training` says."""
     mine = nodes.local_ranks(world_size(run.parallel))
     on_gpus = _uses_gpus(mine, nodes)
+    if not on_gpus:
+        check_precision(CPU, run.train.precision)
     beats = Beats(mine.start, len(mine))
     with meet(nodes, timeout_seconds=_MEET_SECONDS) as launchers, ExitStack() as held:
         taken: list[Lease] = []

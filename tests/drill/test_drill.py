@@ -62,7 +62,7 @@ def test_the_oracle_sees_a_loss_a_tensor_a_sample_and_a_lease_that_are_not_as_th
 ) -> None:
     request, _ = drilled
     files = RunFiles(request.folder / "untouched")
-    steps = 6 + 12
+    steps = 6 + 24
     expected = expect(files, steps)
     losses = Losses()
     losses.take(files)
@@ -114,6 +114,6 @@ def test_damage_that_the_run_did_not_see_would_be_found(tmp_path: Path) -> None:
     """The oracle against rot in the last checkpoint: it is refused, not compared."""
     drill(Request(faults=(), rounds=1, seed=SEED, folder=tmp_path))
     files = RunFiles(tmp_path / "untouched")
-    damage(next((files.checkpoints / "step-00000018").glob("rank-*")))
-    with pytest.raises(Exception, match="step-00000018"):
-        expect(files, 18)
+    damage(next((files.checkpoints / "step-00000030").glob("rank-*")))
+    with pytest.raises(Exception, match="step-00000030"):
+        expect(files, 30)

@@ -1,4 +1,4 @@
-"""The norm before the step counts each element once in every layout; gradients that are dropped leave nothing behind."""
+"""The norm before the step counts each element once in every layout; dropped gradients leave nothing behind."""
 
 from dataclasses import dataclass
 

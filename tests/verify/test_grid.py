@@ -14,7 +14,7 @@ from megagrok.verify.run import Request
 from megagrok.verify.twin import Switches, num_twin_experts, shrink, twin_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SHIPPED = sorted(CONFIGS.glob("*/*.yaml"))
+SHIPPED = sorted([*CONFIGS.glob("model/*.yaml"), *CONFIGS.glob("run/*.yaml")])
 BIG = load_model_config(CONFIGS / "model" / "grok2-270b.yaml")
 
 
