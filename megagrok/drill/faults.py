@@ -18,13 +18,14 @@ from megagrok.checkpoint.commit import step_name
 from megagrok.drill.life import Life
 from megagrok.drill.oracle import newest_saved
 from megagrok.drill.scene import DIED, STOPPED, Round, Scene
-from megagrok.drill.subject import SAVE_EVERY_STEPS
+from megagrok.drill.subject import NUM_RANKS, SAVE_EVERY_STEPS
 from megagrok.engine.engine import Engine
 from megagrok.errors import CheckpointError, MachineError
 from megagrok.train.attempt import read_attempts
 
 _STARTUP_SHARE = 0.15
 _STARTUP_SECONDS = 2.0
+_GRACE_SECONDS = 10.0
 
 
 def kill(scene: Scene, rounds: int) -> None:
@@ -49,7 +50,12 @@ def kill(scene: Scene, rounds: int) -> None:
             break
         _signal(victims[index], signal.SIGKILL)
         who = "the launcher" if index == 0 else f"child {index} of {len(victims) - 1}"
-        scene.hit(life, "kill", f"{who}, {'starting' if in_startup else f'after step {step}'}", at, saved, (*DIED, 0))
+        what = f"{who}, {'starting' if in_startup else f'after step {step}'}"
+        if index and len(victims) - 1 < NUM_RANKS and not life.ends_within(_GRACE_SECONDS):
+            # No rank: it prepared the data ahead of the launcher, which then does so itself.
+            scene.rounds.append(Round(fault="kill", what=f"{what}: not needed"))
+            continue
+        scene.hit(life, "kill", what, at, saved, (*DIED, 0))
         life = scene.recover(at) if not in_startup else scene.live()
     scene.finish(life)
 
@@ -97,10 +103,7 @@ def slow(scene: Scene, rounds: int) -> None:
         Round(
             fault="slow",
             what=f"rank {victim}, named after {step - begun} steps",
-            status=None,
-            end_seconds=None,
             recovery_seconds=named,
-            steps_redone=0,
             problems=tuple(problems),
         )
     )
@@ -164,8 +167,6 @@ def corrupt(scene: Scene, rounds: int) -> None:
             Round(
                 fault="corrupt",
                 what=f"{newest.name}: {how}",
-                status=None,
-                end_seconds=None,
                 recovery_seconds=time.monotonic() - at,
                 steps_redone=SAVE_EVERY_STEPS,
                 problems=tuple(problems),
@@ -182,15 +183,15 @@ def disk_full(scene: Scene, rounds: int) -> None:
     """The checkpoints' disk fills up at a random place of a save. Training goes on, what was saved stays, and the next
     save after there is room again succeeds. Needs root, for a small file system of its own."""
     _mount_small_disk(scene.files.checkpoints)
+    life = scene.live()
     try:
         filler = scene.files.checkpoints / "filler"
-        life = scene.live()
         for _ in range(rounds):
             if not scene.is_at(life, newest_saved(scene.files) + 1):
                 break
             saved, at = newest_saved(scene.files), time.monotonic()
             free = shutil.disk_usage(scene.files.checkpoints).free
-            left = scene.random.randrange(1, _bytes_of_a_save(scene) or 1 << 20)
+            left = scene.random.randrange(1, _bytes_of_a_save(scene))
             with filler.open("wb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, max(1, free - left))
             is_said = life.until(lambda: "was not saved" in life.said or "not saved" in life.said)
@@ -204,15 +205,13 @@ def disk_full(scene: Scene, rounds: int) -> None:
                 Round(
                     fault="disk-full",
                     what=f"{left:,} bytes left, by step {step}",
-                    status=None,
-                    end_seconds=None,
                     recovery_seconds=time.monotonic() - at,
-                    steps_redone=0,
                     problems=tuple(problems),
                 )
             )
         scene.finish(life)
     finally:
+        life.end()
         # The proof reads the checkpoints: they are copied off before their disk goes.
         copied = scene.files.root / "checkpoints.kept"
         shutil.copytree(scene.files.checkpoints, copied)
@@ -243,10 +242,6 @@ def nan(scene: Scene, rounds: int) -> None:
             Round(
                 fault="nan",
                 what=what,
-                status=None,
-                end_seconds=None,
-                recovery_seconds=None,
-                steps_redone=0,
                 problems=tuple(problems),
             )
         )
@@ -309,8 +304,12 @@ def _all_rotten(scene: Scene) -> None:
 
 
 def _bytes_of_a_save(scene: Scene) -> int:
+    """Roughly; a megabyte if there is none to ask, or it has just been pruned."""
     newest = scene.files.checkpoints / step_name(newest_saved(scene.files))
-    return sum(path.stat().st_size for path in newest.glob("*")) if newest.exists() else 0
+    try:
+        return sum(path.stat().st_size for path in newest.iterdir())
+    except FileNotFoundError:
+        return 1 << 20
 
 
 def _mount_small_disk(folder: Path) -> None:

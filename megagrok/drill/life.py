@@ -88,6 +88,13 @@ class Life:
             time.sleep(_POLL_SECONDS)
         return True
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it ends by itself in this time."""
+        deadline = time.monotonic() + seconds
+        while self.is_running() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return not self.is_running()
+
     def wait(self, limit_seconds: float = LIMIT_SECONDS) -> int:
         """Wait for its end; returns the exit status, negative for the signal that killed it."""
         self.until(lambda: False, limit_seconds)

@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megagrok.config import RunConfig
@@ -23,14 +23,14 @@ class Round:
     fault: str
     what: str
     """Who was hit, when, and how."""
-    status: int | None
+    status: int | None = None
     """How the life that was hit ended; None if it went on."""
-    end_seconds: float | None
+    end_seconds: float | None = None
     """From the fault to the end of that life."""
-    recovery_seconds: float | None
+    recovery_seconds: float | None = None
     """From the fault to the first step beyond those made before it; None if there was none."""
-    steps_redone: int
-    problems: tuple[str, ...]
+    steps_redone: int = 0
+    problems: tuple[str, ...] = ()
     """What broke a promise, in words."""
 
 
@@ -111,7 +111,6 @@ class Scene:
                 what=what,
                 status=status,
                 end_seconds=ended - at,
-                recovery_seconds=None,
                 steps_redone=furthest - newest_saved(self.files),
                 problems=tuple(problems),
             )
@@ -122,16 +121,7 @@ class Scene:
         furthest = max(self.losses.by_step, default=0)
         life = self.live()
         life.until(lambda: self.last_step() > furthest or self.last_step() == self.run.train.steps)
-        last = self.rounds[-1]
-        self.rounds[-1] = Round(
-            fault=last.fault,
-            what=last.what,
-            status=last.status,
-            end_seconds=last.end_seconds,
-            recovery_seconds=time.monotonic() - at,
-            steps_redone=last.steps_redone,
-            problems=last.problems,
-        )
+        self.rounds[-1] = replace(self.rounds[-1], recovery_seconds=time.monotonic() - at)
         return life
 
     def finish(self, life: Life) -> None:

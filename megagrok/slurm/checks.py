@@ -58,7 +58,7 @@ def check_submission(submission: Submission, environment: Mapping[str, str]) -> 
     script = render(submission)
     problems += script_problems(script)
     notes: list[str] = []
-    ping = call(["scontrol", "ping"], environment=environment)
+    ping = call(["scontrol", "ping"], limit_seconds=10.0, environment=environment)
     with tempfile.TemporaryDirectory(prefix="megagrok-script-") as folder:
         path = Path(folder) / "job.sbatch"
         path.write_text(script, encoding="utf-8")
