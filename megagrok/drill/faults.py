@@ -3,6 +3,7 @@
 What is hit, and when, comes from the scene's random numbers: one seed repeats a drill up to the machine's own timing.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -190,10 +191,8 @@ def disk_full(scene: Scene, rounds: int) -> None:
             if not scene.is_at(life, newest_saved(scene.files) + 1):
                 break
             saved, at = newest_saved(scene.files), time.monotonic()
-            free = shutil.disk_usage(scene.files.checkpoints).free
             left = scene.random.randrange(1, _bytes_of_a_save(scene))
-            with filler.open("wb") as stream:
-                os.posix_fallocate(stream.fileno(), 0, max(1, free - left))
+            _fill(filler, left)
             is_said = life.until(lambda: "was not saved" in life.said or "not saved" in life.said)
             step = scene.last_step()
             filler.unlink()
@@ -301,6 +300,19 @@ def _all_rotten(scene: Scene) -> None:
     scene.hit(life, "corrupt", "all checkpoints", at, min(saved, 0), (CheckpointError.exit_code,))
     shutil.rmtree(scene.files.checkpoints)
     kept.rename(scene.files.checkpoints)
+
+
+def _fill(path: Path, left: int) -> None:
+    """Leave `left` bytes of the disk of `path`, while a save may be taking and giving back some."""
+    with path.open("wb") as stream:
+        while True:
+            free = shutil.disk_usage(path.parent).free
+            try:
+                os.posix_fallocate(stream.fileno(), 0, max(1, free - left))
+                return
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
 
 
 def _bytes_of_a_save(scene: Scene) -> int:

@@ -102,10 +102,7 @@ def _run_watched(
 
     def look(seen: list[Beat]) -> None:
         logbook.look(seen)
-        if nodes.index == 0:
-            lease.refresh()
-        else:
-            lease.check()
+        lease.refresh()
 
     watch = Watch(
         start.beats,

@@ -31,6 +31,8 @@ STALE_SECONDS = 30.0
 # A process of this machine that has just been killed is gone after a moment.
 _PATIENCE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
+_AGAIN_SECONDS = 0.2
+_LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +60,8 @@ class Holder:
 class Lease:
     """This start's hold on the run. Its ranks inherit it and only `check`; the launcher that took it refreshes it."""
 
-    def __init__(self, path: Path, mine: Holder) -> None:
-        self._path, self._mine = path, mine
+    def __init__(self, path: Path, mine: Holder, *, is_taker: bool) -> None:
+        self._path, self._mine, self._is_taker = path, mine, is_taker
         self._refreshed_at = 0.0
 
     @classmethod
@@ -67,7 +69,7 @@ class Lease:
         """The lease that process 0 has taken, for all `processes` of the start to check. Collective."""
         mine = processes.gather(asdict(taken[0]._mine) if taken else None)[0]
         assert isinstance(mine, dict)
-        return taken[0] if taken else cls(path, Holder(**cast(dict[str, Any], mine)))
+        return taken[0] if taken else cls(path, Holder(**cast(dict[str, Any], mine)), is_taker=False)
 
     @property
     def generation(self) -> int:
@@ -77,31 +79,52 @@ class Lease:
     def check(self) -> None:
         """Raise CheckpointError if a later start holds the run, or nobody can tell."""
         holder = read_lease(self._path)
-        if holder is None or holder.generation != self._mine.generation:
-            later = "nobody" if holder is None else f"start {holder.generation} ({_name(holder)})"
-            raise CheckpointError(
-                f"{self._path.parent} is now held by {later}; this is start {self.generation}, which was thought dead. "
-                "It writes nothing more."
-            )
+        if holder is None:
+            # A network file system may fail to show a file that is being replaced.
+            time.sleep(_AGAIN_SECONDS)
+            holder = read_lease(self._path)
+        if holder is None or holder.generation != self.generation:
+            raise self._overtaken(holder)
 
     def refresh(self) -> None:
-        """Say that this start lives; at most every REFRESH_SECONDS. Raises CheckpointError as `check` does."""
+        """Say that this start lives, if this process took the lease; at most every REFRESH_SECONDS.
+
+        Raises CheckpointError once a later start holds the run. That nobody can tell for a while ends no run.
+        """
         if time.monotonic() - self._refreshed_at < REFRESH_SECONDS:
             return
         self._refreshed_at = time.monotonic()
-        self.check()
-        try:
-            _write(self._path, self._mine)
-        except OSError:
-            return  # a full disk makes the lease look old, it does not end a run that trains
+        if not self._is_taker:
+            holder = read_lease(self._path)
+        else:
+            try:
+                holder = self._write_if_held()
+            except (MachineError, OSError):
+                return  # a full disk makes the lease look old
+        if holder is not None and holder.generation > self.generation:
+            raise self._overtaken(holder)
 
     def release(self) -> None:
         """Let the next start have it at once."""
         try:
-            self.check()
-            _write(self._path, self._mine, released=True)
-        except (CheckpointError, OSError):
-            return  # it is somebody else's by now, or will look stale
+            self._write_if_held(released=True)
+        except (MachineError, OSError):
+            return  # it will look stale
+
+    def _write_if_held(self, *, released: bool = False) -> Holder | None:
+        """Write the lease unless somebody else has it; returns what it said before."""
+        with _locked(self._path.with_suffix(".lock")):
+            holder = read_lease(self._path)
+            if holder is not None and holder.generation == self.generation:
+                _write(self._path, self._mine, released=released)
+            return holder
+
+    def _overtaken(self, holder: Holder | None) -> CheckpointError:
+        later = "nobody" if holder is None else f"start {holder.generation} ({_name(holder)})"
+        return CheckpointError(
+            f"{self._path.parent} is now held by {later}; this is start {self.generation}, which was thought dead. "
+            "It writes nothing more."
+        )
 
 
 @contextmanager
@@ -191,7 +214,7 @@ def _next(files: RunFiles, nodes: Nodes) -> Lease:
         released=False,
     )
     _write(files.lease, mine)
-    return Lease(files.lease, mine)
+    return Lease(files.lease, mine, is_taker=True)
 
 
 def _beat(lease: Lease, ended: threading.Event) -> None:
@@ -204,14 +227,25 @@ def _beat(lease: Lease, ended: threading.Event) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise MachineError(
-                f"{path} cannot be locked: {error.strerror}. Set runs_dir to a file system with flock "
-                "(Lustre: mount option flock or localflock)."
-            ) from error
+    """Hold the lock of the lease. Raises MachineError if it cannot be had: it is never held for longer than a write."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise MachineError(
+                        f"{path} has been locked for {_LOCK_SECONDS:g} s: by a process that was stopped, or by a node "
+                        "that is gone and that the file system still waits for."
+                    ) from error
+                time.sleep(_POLL_SECONDS)
+            except OSError as error:
+                raise MachineError(
+                    f"{path} cannot be locked: {error.strerror}. Set runs_dir to a file system with flock "
+                    "(Lustre: mount option flock or localflock)."
+                ) from error
         yield
 
 

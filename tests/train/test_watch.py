@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrok.errors import EXIT_PREEMPTED, EXIT_TRANSIENT
+from megagrok.errors import EXIT_PREEMPTED, EXIT_TRANSIENT, CheckpointError
 from megagrok.parallel.placement import Nodes
 from megagrok.train.attempt import Attempt, Ending, read_attempts
 from megagrok.train.files import RunFiles
@@ -100,3 +100,34 @@ def test_the_same_job_started_again_takes_over_at_once_and_the_old_start_knows(t
         # What the old one does at its end is nothing.
     holder = read_lease(files.lease)
     assert holder is not None and (holder.generation, holder.released) == (2, True)
+
+
+def test_a_start_that_was_overtaken_finds_out_when_it_says_that_it_lives_and_writes_over_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megagrok.train.lease.REFRESH_SECONDS", 0.0)
+    files = RunFiles(tmp_path / "run")
+    with leased(files, Nodes(job="7")) as old:
+        before = read_lease(files.lease)
+        old.refresh()
+        after = read_lease(files.lease)
+        assert before is not None and after is not None and after.beat_at > before.beat_at
+        with leased(files, Nodes(job="7", restart=1)):
+            with pytest.raises(CheckpointError, match="held by start 2"):
+                old.refresh()
+            old.release()
+            holder = read_lease(files.lease)
+            assert holder is not None and (holder.generation, holder.released) == (2, False)
+
+
+def test_a_lease_that_cannot_be_read_for_a_moment_ends_no_run_and_commits_nothing(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "run")
+    with leased(files, Nodes()) as lease:
+        text = files.lease.read_text()
+        files.lease.write_text(text[:20])
+        lease.refresh()
+        with pytest.raises(CheckpointError, match="held by nobody"):
+            lease.check()
+        assert files.lease.read_text() == text[:20]
+        files.lease.write_text(text)
+        lease.check()
