@@ -22,7 +22,8 @@ from megagrok.parallel.beats import Beat, Beats, Phase
 from megagrok.parallel.forked import STACK_SIGNAL
 
 _LOOK_SECONDS = 0.5
-_STACK_SECONDS = 2.0
+_STACK_SECONDS = 3.0
+_SETTLE_SECONDS = 0.1
 # A rank of another node may be the one: its launcher speaks first.
 _GRACE_SECONDS = 10.0
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.M)
@@ -30,8 +31,8 @@ _WAITING_FILES = ("/torch/distributed/", "/pipeline_parallel/p2p_communication.p
 _WAITING_LINE = re.compile(r"\.(wait|synchronize)\(")
 # A rank lags if its own work took this much longer than its peers', in each half of so many steps. Ranks that share
 # the cores of a busy machine differ by a third without any reason.
-_LAG_RATIO, _LAG_SECONDS = 1.5, 0.01
-_LAG_STEPS = 16
+_LAG_RATIO, _LAG_SECONDS = 1.8, 0.02
+_LAG_STEPS, _LEAST_LAG_STEPS, _WARM_UP_STEPS = 16, 12, 3
 _Work = tuple[int, dict[int, float]]
 """Steps that all ranks have done, and each one's seconds of own work in them."""
 
@@ -129,10 +130,14 @@ class Watch:
                 _kill(pids[rank], STACK_SIGNAL)
                 if rank in stopped:
                     _kill(pids[rank], signal.SIGCONT)
-            deadline = time.monotonic() + _STACK_SECONDS
-            while time.monotonic() < deadline and any(_size(self.stack_file(rank)) == before[rank] for rank in asked):
-                time.sleep(0.02)
-            time.sleep(0.05)
+            deadline, sizes = time.monotonic() + _STACK_SECONDS, before
+            # A stack is written in many small pieces: it is whole when it has begun and grows no more.
+            while time.monotonic() < deadline:
+                time.sleep(_SETTLE_SECONDS)
+                now = {rank: _size(self.stack_file(rank)) for rank in asked}
+                if now == sizes and all(now[rank] > before[rank] for rank in asked):
+                    break
+                sizes = now
             for rank in asked:
                 text = self.stack_file(rank).read_bytes()[before[rank] :].decode("utf-8", "replace")
                 stacks[rank] = text or "  (it did not answer: blocked in the kernel, or not yet started)\n"
@@ -141,14 +146,15 @@ class Watch:
     def _name_laggards(self, beats: list[Beat]) -> None:
         """Say which rank needs longer for its own work than ranks with the same work, once for each rank."""
         steps = min(beat.worked_steps for beat in beats)
-        if self._work and steps <= self._work[-1][0]:
+        if steps <= (self._work[-1][0] if self._work else _WARM_UP_STEPS):
             return
         self._work.append((steps, {beat.rank: beat.worked_seconds for beat in beats}))
         recent = [entry for entry in self._work if entry[0] >= steps - _LAG_STEPS]
-        if len(recent) < 3 or steps - recent[0][0] < _LAG_STEPS // 2:
+        middle = min(recent, key=lambda entry: abs(2 * entry[0] - recent[0][0] - steps))
+        if steps - recent[0][0] < _LEAST_LAG_STEPS or middle in (recent[0], recent[-1]):
             return
         # In both halves: a machine that was busy with something else for a moment is no slow one.
-        halves = (recent[0], recent[len(recent) // 2]), (recent[len(recent) // 2], recent[-1])
+        halves = (recent[0], middle), (middle, recent[-1])
         for rank in self._work[-1][1].keys() - self._named:
             found = [self._lag(rank, *half) for half in halves]
             if all(own > _LAG_RATIO * usual and own - usual > _LAG_SECONDS for own, usual in found):
