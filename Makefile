@@ -41,10 +41,10 @@ test: setup
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "fault and not slow" $(PYTEST_ARGS)
 
-# A quarter of an hour on two cores: the rest of them. The reports are left in docs/reliability.
+# Ten minutes on two cores: the rest of them. The reports are left in docs/reliability.
 chaos: setup
 	$(BIN)/megagrok drill kill --rounds 100 --seed 1 --report docs/reliability/kill
-	$(BIN)/megagrok drill preempt node-loss hang slow corrupt disk-full nan --rounds 10 --seed 1 --report docs/reliability/drill
+	$(BIN)/megagrok drill preempt node-loss hang slow corrupt disk-full nan --rounds 5 --seed 1 --report docs/reliability/drill
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "fault and slow" -rA --no-header --tb=short | tee docs/reliability/slow-tier.txt
 
 clean:

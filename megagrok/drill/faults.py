@@ -52,7 +52,12 @@ def kill(scene: Scene, rounds: int) -> None:
         _signal(victims[index], signal.SIGKILL)
         who = "the launcher" if index == 0 else f"child {index} of {len(victims) - 1}"
         what = f"{who}, {'starting' if in_startup else f'after step {step}'}"
-        if index and len(victims) - 1 < NUM_RANKS and not life.ends_within(_GRACE_SECONDS):
+
+        def has_ranks(life: Life = life) -> bool:
+            return len(life.children()) == NUM_RANKS
+
+        was_rank = index > 0 and len(victims) - 1 == NUM_RANKS
+        if index and not was_rank and not life.ends_before(has_ranks, _GRACE_SECONDS):
             # No rank: it prepared the data ahead of the launcher, which then does so itself.
             scene.rounds.append(Round(fault="kill", what=f"{what}: not needed"))
             continue

@@ -88,10 +88,10 @@ class Life:
             time.sleep(_POLL_SECONDS)
         return True
 
-    def ends_within(self, seconds: float) -> bool:
-        """Whether it ends by itself in this time."""
-        deadline = time.monotonic() + seconds
-        while self.is_running() and time.monotonic() < deadline:
+    def ends_before(self, condition: Callable[[], bool], limit_seconds: float) -> bool:
+        """Whether it ends by itself before something comes true, and before the limit."""
+        deadline = time.monotonic() + limit_seconds
+        while self.is_running() and time.monotonic() < deadline and not condition():
             time.sleep(_POLL_SECONDS)
         return not self.is_running()
 
