@@ -45,7 +45,7 @@ faults: setup
 chaos: setup
 	$(BIN)/megagrok drill kill --rounds 100 --seed 1 --report docs/reliability/kill
 	$(BIN)/megagrok drill preempt node-loss hang slow corrupt disk-full nan --rounds 5 --seed 1 --report docs/reliability/drill
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "fault and slow" -rA --no-header --tb=short | tee docs/reliability/slow-tier.txt
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "fault and slow" -rA --no-header --disable-warnings --tb=short | tee docs/reliability/slow-tier.txt
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
