@@ -29,7 +29,7 @@ REFRESH_SECONDS = 2.0
 # A holder that has not been heard for so long is gone; it will find out by its generation if it is not.
 STALE_SECONDS = 30.0
 # A process of this machine that has just been killed is gone after a moment.
-_PATIENCE_SECONDS = 2.0
+_PATIENCE_SECONDS = 0.5
 _POLL_SECONDS = 0.05
 _AGAIN_SECONDS = 0.2
 _LOCK_SECONDS = 10.0
