@@ -191,7 +191,11 @@ def test_a_checkpoint_that_is_a_pickle_is_never_unpickled(name: str, trained: Pa
         assert_harmless(run_here(command, folder, environment(folder)), folder, what=f"{command[0]} {name}")
 
 
-LINKS = ("config.yaml.new", "metrics.jsonl.new", "report.html.new", "lease.lock")
+LINKS = (
+    "config.yaml.new",
+    "metrics.jsonl.new",
+    "report.html.new",
+)
 
 
 def test_files_of_a_run_are_not_written_through_links(trained: Path, folder: Path) -> None:
@@ -205,6 +209,18 @@ def test_files_of_a_run_are_not_written_through_links(trained: Path, folder: Pat
     ended = run_here(["train", "run.yaml", "train.steps=3"], folder, environment(folder))
     assert ended.status == 0, ended.err
     assert [victim.read_text() for victim in victims] == ["precious"] * len(victims)
+
+
+def test_a_lock_that_is_a_link_is_refused(trained: Path, folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(trained, folder)
+    victim = folder.parent / "victim"
+    victim.write_text("precious")
+    (folder / "runs" / "t" / "lease.lock").unlink(missing_ok=True)
+    (folder / "runs" / "t" / "lease.lock").symlink_to(victim)
+    ended = run_here(["train", "run.yaml", "train.steps=3"], folder, environment(folder))
+    assert ended.status == 5 and "lease.lock cannot be written" in ended.err
+    assert victim.read_text() == "precious"
 
 
 def test_the_corpus_has_a_hundred_inputs() -> None:
