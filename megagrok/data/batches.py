@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megagrok.config.schema import RunConfig
 from megagrok.data.prepare import PreparedData
 from megagrok.data.samples import SampleReader
 from megagrok.errors import DataError
@@ -65,6 +66,19 @@ class TrainBatches:
         self._prepared, self._seq_len, self._seed = prepared, seq_len, seed
         self._changes: list[JSON] = []
         self._micro_batch, self._data_rank, self._data_size = micro_batch, data_rank, data_size
+
+    @classmethod
+    def of(cls, run: RunConfig, prepared: PreparedData, data_rank: int) -> "TrainBatches":
+        """The batches of one data rank of a run."""
+        train = run.train
+        return cls(
+            prepared,
+            seq_len=train.seq_len,
+            seed=train.seed,
+            micro_batch=train.micro_batch,
+            data_rank=data_rank,
+            data_size=run.parallel.data,
+        )
 
     @property
     def samples_per_epoch(self) -> int:

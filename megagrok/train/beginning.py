@@ -158,10 +158,7 @@ def _check_resumable(checkpoint: Checkpoint | None, run: RunConfig, accept_data_
 def _check_position(checkpoint: Checkpoint, run: RunConfig, prepared: PreparedData, accept_data_change: bool) -> None:
     """Refuse data that are not the checkpoint's before ranks exist, each of which takes the position itself. Raises
     DataError."""
-    train = run.train
-    data = TrainBatches(
-        prepared, seq_len=train.seq_len, seed=train.seed, micro_batch=train.micro_batch, data_rank=0, data_size=1
-    )
+    data = TrainBatches.of(run, prepared, data_rank=0)
     data.load_state(checkpoint.facts["data"], accept_change=accept_data_change)  # type: ignore[arg-type]  # it checks
 
 

@@ -114,14 +114,7 @@ def _replay_rank(
         timeout_seconds=timeout_seconds,
     )
     engine = build_engine(run, groups, platform)
-    data = TrainBatches(
-        prepared,
-        seq_len=run.train.seq_len,
-        seed=run.train.seed,
-        micro_batch=run.train.micro_batch,
-        data_rank=groups.coordinates.data,
-        data_size=run.parallel.data,
-    )
+    data = TrainBatches.of(run, prepared, groups.coordinates.data)
     done = 0
     if plan.checkpoint is not None:
         engine.load(plan.checkpoint)

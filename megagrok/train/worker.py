@@ -61,14 +61,7 @@ def train_rank(
         )
         engine = build_engine(run, groups, platform)
         data_rank = groups.coordinates.data
-        data = TrainBatches(
-            prepared,
-            seq_len=run.train.seq_len,
-            seed=run.train.seed,
-            micro_batch=run.train.micro_batch,
-            data_rank=data_rank,
-            data_size=run.parallel.data,
-        )
+        data = TrainBatches.of(run, prepared, data_rank)
         pulse.enter("load", 0)
         on_rank_0(ranks, lambda: take_over(files.checkpoints, start.fence))
         checkpoint = find_checkpoint(files.checkpoints, ranks=ranks)

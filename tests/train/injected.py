@@ -113,14 +113,7 @@ def _train_plainly(
         timeout_seconds=60.0,
     )
     engine = build_engine(run, groups, CPU)
-    data = TrainBatches(
-        prepared,
-        seq_len=run.train.seq_len,
-        seed=run.train.seed,
-        micro_batch=run.train.micro_batch,
-        data_rank=groups.coordinates.data,
-        data_size=run.parallel.data,
-    )
+    data = TrainBatches.of(run, prepared, groups.coordinates.data)
     data.leave_out(left_out)
     losses = {}
     for step in range(1, run.train.steps + 1):
