@@ -14,7 +14,6 @@ from pathlib import Path
 
 from megagrok.config import RunConfig
 from megagrok.errors import MegagrokError
-from megagrok.train.attempt import read_attempts
 from megagrok.train.beginning import Inject, Request
 from megagrok.train.files import RunFiles
 from megagrok.train.launcher import import_trainer
@@ -59,14 +58,6 @@ class Life:
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status is None
-
-    def ranks(self) -> list[int]:
-        """Process ids of its ranks, in rank order; empty while there are none."""
-        for attempt in reversed(read_attempts(self.files.root)):
-            for page in attempt.nodes:
-                if page.pid == self.pid and page.ending is None and page.ranks:
-                    return [rank.pid for rank in page.ranks]
-        return []
 
     def children(self) -> list[int]:
         """Process ids of whatever it has started and that lives: ranks, or the child that prepares the data."""

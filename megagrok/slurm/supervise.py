@@ -38,7 +38,7 @@ from megagrok.slurm.queue import call, down_nodes, job_state, node_address, node
 from megagrok.slurm.script import Submission, render, word_problems
 from megagrok.slurm.step import Step, collect_lines, megagrok_command, srun_command
 from megagrok.slurm.submit import hand_in, keep_script, submit_command
-from megagrok.train.attempt import Attempt, NodePage, read_attempts
+from megagrok.train.attempt import Attempt, NodePage, generations, read_attempts
 
 # After the first launcher has failed, the others get this long to notice, tell and leave.
 LINGER_SECONDS = 60.0
@@ -150,7 +150,7 @@ class Supervisor:
 
     def _attempt(self, nodes: list[str]) -> Decision:
         """Start the launchers, wait for their end, and decide."""
-        before = max((attempt.generation for attempt in read_attempts(self.files.root)), default=0)
+        before = max(generations(self.files.root), default=0)
         address = node_address(nodes[0], self.environment)
         tried = sum(line.event == "attempt" and line.job == self.job.id for line in read_journal(self.files))
         port = 20000 + (self.job.id + 101 * tried) % 20000
@@ -303,9 +303,8 @@ class Supervisor:
         self._write_end(ended, before, job=last.job, restart=last.restart)
 
     def _attempt_after(self, generation: int) -> Attempt | None:
-        return next(
-            (found for found in reversed(read_attempts(self.files.root)) if found.generation > generation), None
-        )
+        """The newest start after that one. Asked every few seconds, so it reads no page of the starts before."""
+        return next(reversed(read_attempts(self.files.root, after=generation)), None)
 
     def _furthest(self) -> int:
         return max((attempt.furthest_step for attempt in read_attempts(self.files.root)), default=0)

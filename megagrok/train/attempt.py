@@ -115,14 +115,21 @@ def write_page(root: Path, page: NodePage) -> None:
     write_whole(folder / f"node-{page.node:03d}.json", json.dumps(asdict(page)))
 
 
-def read_attempts(root: Path) -> list[Attempt]:
-    """Every start of the run in the folder `root`, oldest first. Pages that cannot be read are left out: they tell a
-    person what happened, and decide nothing about the run's state."""
+def generations(root: Path) -> list[int]:
+    """Numbers of the starts that the folder `root` knows of, ascending. Reads no page."""
+    return sorted(int(path.name) for path in (root / _FOLDER).glob("[0-9]*") if path.name.isdecimal())
+
+
+def read_attempts(root: Path, *, after: int = 0) -> list[Attempt]:
+    """Every start of the run in the folder `root` with a generation above `after`, oldest first. Pages that cannot be
+    read are left out: they tell a person what happened, and decide nothing about the run's state."""
     attempts = []
-    for folder in sorted((root / _FOLDER).glob("[0-9]*")):
-        if folder.name.isdecimal():
-            pages = [page for path in sorted(folder.glob("node-*.json")) if (page := _read_page(path)) is not None]
-            attempts.append(Attempt(int(folder.name), tuple(pages)))
+    for generation in generations(root):
+        if generation > after:
+            paths = sorted(attempt_folder(root, generation).glob("node-*.json"))
+            attempts.append(
+                Attempt(generation, tuple(page for path in paths if (page := _read_page(path)) is not None))
+            )
     return attempts
 
 

@@ -22,6 +22,7 @@ from typing import Any, cast
 from megagrok.errors import CheckpointError, MachineError
 from megagrok.parallel.placement import Nodes
 from megagrok.parallel.ranks import Ranks
+from megagrok.train.attempt import generations
 from megagrok.train.files import RunFiles
 from megagrok.whole_file import write_whole
 
@@ -157,8 +158,7 @@ def leased(files: RunFiles, nodes: Nodes, *, beating: bool = False) -> Iterator[
 def next_generation(files: RunFiles) -> int:
     """The generation that the next start will have."""
     holder = read_lease(files.lease)
-    known = [int(path.name) for path in (files.root / "attempts").glob("[0-9]*") if path.name.isdecimal()]
-    return 1 + max([0 if holder is None else holder.generation, *known])
+    return 1 + max([0 if holder is None else holder.generation, *generations(files.root)])
 
 
 def read_lease(path: Path) -> Holder | None:
