@@ -9,17 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from megagrok.errors import MachineError
+from megagrok.plan.gpus import gpu_of_device
 
-# Dense peak FLOP/s by the name that the driver reports (NVIDIA data sheets, without sparsity): bf16, fp8.
-_PEAK_FLOPS = {
-    "H100 PCIe": (756e12, 1513e12),
-    "H100 NVL": (835e12, 1671e12),
-    "H100": (989.4e12, 1978.9e12),
-    "H200": (989.4e12, 1978.9e12),
-    "H800": (989.4e12, 1978.9e12),
-    "A100": (312e12, 0.0),
-    "B200": (2250e12, 4500e12),
-}
 _FP8_CAPABILITY = (8, 9)
 _BF16_CAPABILITY = (8, 0)
 
@@ -97,12 +88,7 @@ def peak_flops_per_second(platform: Platform, precision: str) -> float:
     """
     if not platform.is_cuda:
         return _measure_matmul_flops()
-    name = torch.cuda.get_device_name(platform.device)
-    for known in sorted(_PEAK_FLOPS, key=len, reverse=True):
-        if known in name:
-            bf16, fp8 = _PEAK_FLOPS[known]
-            return fp8 if precision == "fp8" else bf16
-    raise MachineError(f"no peak FLOP/s known for {name!r}; known: {', '.join(_PEAK_FLOPS)}. Add it to platform.py.")
+    return gpu_of_device(torch.cuda.get_device_name(platform.device)).peak(precision)
 
 
 def _measure_matmul_flops(size: int = 512, seconds: float = 0.5) -> float:

@@ -4,6 +4,7 @@ One table for planner, bench and trainer: an MFU is only as honest as the peak b
 refused, never assumed.
 """
 
+import re
 from dataclasses import dataclass
 
 from megagrok.errors import MachineError
@@ -16,14 +17,14 @@ class Gpu:
     name: str
     """Its name on the command line."""
     marks: tuple[str, ...]
-    """Parts of the name that the driver reports, all of which this GPU has."""
+    """Words of the name that its driver reports, in capitals; this GPU has all of them."""
     bf16_flops: float
     fp8_flops: float
     """0 if it has no FP8 units."""
     memory_bytes: int
     memory_bandwidth: float
     nvlink_bandwidth: float
-    """To the other GPUs of its node, all links together."""
+    """To the other GPUs of its node, all links together; that of its PCIe slot where it has no NVLink to all."""
     network_bandwidth: float
     """Of its own network port, as its reference server has it; a cluster may have less."""
     power_watts: int
@@ -35,17 +36,66 @@ class Gpu:
         return {"fp8": self.fp8_flops, "bf16": self.bf16_flops, "fp32": self.bf16_flops / 2}[precision]
 
 
-GB = 10**9
-_SXM = "NVIDIA H100 data sheet 2023, HGX H100: 4 x NDR 400 Gb/s per 4 GPUs"
+GIB = 2**30
+NOT_WHOLE = frozenset(("MIG", "LAPTOP"))
+"""Words of a device that is less than the GPU whose name it bears."""
+
+# Memory is what torch reports as the capacity of the device, the least of several drivers' figures: less than the board
+# carries, and what a run can have. Arithmetic is without sparsity, at the clocks of the data sheet.
 GPUS = (
-    Gpu("h100", ("H100",), 989.4e12, 1978.9e12, 81_559 * 2**20, 3.35e12, 450e9, 50e9, 700, _SXM),
-    Gpu("h100-pcie", ("H100", "PCIe"), 756e12, 1513e12, 80 * 2**30, 2.0e12, 64e9, 50e9, 350, "NVIDIA H100 data sheet"),
-    Gpu("h100-nvl", ("H100", "NVL"), 835e12, 1671e12, 94 * GB, 3.9e12, 300e9, 50e9, 400, "NVIDIA H100 NVL data sheet"),
-    Gpu("h200", ("H200",), 989.4e12, 1978.9e12, 141 * GB, 4.8e12, 450e9, 50e9, 700, "NVIDIA H200 data sheet"),
-    Gpu("h800", ("H800",), 989.4e12, 1978.9e12, 80 * 2**30, 3.35e12, 200e9, 50e9, 700, "arXiv:2412.19437, sec. 3.1"),
-    Gpu("a100", ("A100",), 312e12, 0.0, 80 * 2**30, 2.04e12, 300e9, 25e9, 400, "NVIDIA A100 data sheet, 80 GB SXM"),
-    Gpu("b200", ("B200",), 2250e12, 4500e12, 180 * GB, 7.7e12, 900e9, 50e9, 1000, "NVIDIA HGX B200 data sheet"),
-)
+    Gpu(
+        "h100", ("H100",), 989.4e12, 1978.9e12, int(79.1 * GIB), 3.35e12, 450e9, 50e9, 700,
+        "NVIDIA H100 data sheet, SXM5 80 GB; DGX H100: one 400 Gb/s port per GPU",
+    ),
+    Gpu(
+        "h100-pcie", ("H100", "PCIE"), 756e12, 1513e12, int(79.1 * GIB), 2.0e12, 64e9, 50e9, 350,
+        "NVIDIA H100 data sheet, PCIe 80 GB; PCIe 5.0 x16 between GPUs, no NVLink bridge",
+    ),
+    Gpu(
+        "h100-nvl", ("H100", "NVL"), 835e12, 1671e12, int(93.0 * GIB), 3.9e12, 300e9, 50e9, 400,
+        "NVIDIA H100 NVL data sheet, 94 GB; NVLink joins pairs only",
+    ),
+    Gpu(
+        "h200", ("H200",), 989.4e12, 1978.9e12, int(139.7 * GIB), 4.8e12, 450e9, 50e9, 700,
+        "NVIDIA H200 data sheet, SXM 141 GB; DGX H200: one 400 Gb/s port per GPU",
+    ),
+    Gpu(
+        "h800", ("H800",), 989.4e12, 1978.9e12, int(79.1 * GIB), 3.35e12, 200e9, 50e9, 700,
+        "as H100 SXM5 with 400 GB/s of NVLink, both directions: arXiv:2412.19437, section 3.1",
+    ),
+    Gpu(
+        "a100", ("A100", "80GB"), 312e12, 0.0, int(79.1 * GIB), 2.039e12, 300e9, 25e9, 400,
+        "NVIDIA A100 data sheet, SXM4 80 GB; DGX A100: one 200 Gb/s port per GPU",
+    ),
+    Gpu(
+        "a100-40", ("A100", "40GB"), 312e12, 0.0, int(39.3 * GIB), 1.555e12, 300e9, 25e9, 400,
+        "NVIDIA A100 data sheet, SXM4 40 GB; DGX A100: one 200 Gb/s port per GPU",
+    ),
+    Gpu(
+        "a100-pcie", ("A100", "80GB", "PCIE"), 312e12, 0.0, int(79.1 * GIB), 1.935e12, 32e9, 25e9, 300,
+        "NVIDIA A100 data sheet, PCIe 80 GB; PCIe 4.0 x16 between GPUs, no NVLink bridge",
+    ),
+    Gpu(
+        "b200", ("B200",), 2250e12, 4500e12, int(178.3 * GIB), 7.67e12, 900e9, 50e9, 1000,
+        "NVIDIA HGX B200 data sheet at 1000 W; bus width and clock as its driver reports them (pytorch/ao pull 4002)",
+    ),
+    Gpu(
+        "gb200", ("GB200",), 2500e12, 5000e12, int(184.3 * GIB), 8.0e12, 900e9, 50e9, 1200,
+        "NVIDIA GB200 NVL72 data sheet, per GPU at 1200 W; a node is 4 GPUs, an NVLink domain up to 72",
+    ),
+    Gpu(
+        "b300", ("B300",), 2250e12, 4500e12, int(267.6 * GIB), 8.0e12, 900e9, 100e9, 1100,
+        "NVIDIA HGX B300 data sheet; ConnectX-8: one 800 Gb/s port per GPU",
+    ),
+    Gpu(
+        "l40s", ("L40S",), 362e12, 733e12, int(44.3 * GIB), 0.864e12, 32e9, 25e9, 350,
+        "NVIDIA L40S data sheet; PCIe 4.0 x16 between GPUs",
+    ),
+    Gpu(
+        "rtx4090", ("RTX", "4090"), 165.2e12, 330.3e12, int(23.5 * GIB), 1.008e12, 32e9, 12.5e9, 450,
+        "NVIDIA Ada whitepaper, FP32 accumulation; PCIe 4.0 x16 between GPUs, a port of 100 Gb/s assumed",
+    ),
+)  # fmt: skip
 
 
 def find_gpu(name: str) -> Gpu:
@@ -57,9 +107,14 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_of_device(device_name: str) -> Gpu:
-    """By the name that its driver reports, "NVIDIA H100 80GB HBM3". Raises MachineError for an unknown one."""
-    fitting = [gpu for gpu in GPUS if all(mark in device_name for mark in gpu.marks)]
-    if not fitting:
+    """By the name that its driver reports, "NVIDIA H100 80GB HBM3". Raises MachineError for an unknown one.
+
+    Marks are whole words: a GH200 is no H200. A slice of a GPU (MIG) has not the peak that its name suggests, and is
+    unknown too.
+    """
+    words = re.findall(r"[A-Z0-9]+", device_name.upper())
+    fitting = [gpu for gpu in GPUS if all(mark in words for mark in gpu.marks)]
+    if not fitting or not NOT_WHOLE.isdisjoint(words):
         raise _unknown(device_name)
     return max(fitting, key=lambda gpu: len(gpu.marks))
 
