@@ -113,6 +113,6 @@ BATCH_RULES = (
     Rule((*_EVALUATION, "parallel.pipeline", "parallel.virtual_pipeline"), _evaluation_over_stages),
     Rule(("train.seq_len", "model.max_positions"), _sequence_fits_model),
     Rule(("data.tokenizer_vocab_size", "model.vocab_size", "parallel.tensor"), _tokenizer_fits_model),
-    Rule(("train.steps", "schedule.warmup_steps", "schedule.decay_steps"), _schedule_fits_run),
+    Rule(("train.steps", "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps"), _schedule_fits_run),
     Rule(("optimizer.lr", "schedule.min_lr"), _rates_descend),
 )

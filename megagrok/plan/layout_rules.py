@@ -175,9 +175,9 @@ LAYOUT_RULES = (
     Rule(("model.num_heads", "model.num_kv_heads", "parallel.tensor"), _heads_over_tensor),
     Rule(("model.vocab_size", "parallel.tensor"), _vocab_over_tensor),
     Rule(("model.moe.residual_ffn_hidden", "parallel.tensor"), _residual_ffn_over_tensor),
-    Rule(("parallel.tensor", "parallel.expert"), _sequence_parallel),
-    Rule(("train.seq_len", "parallel.tensor", "parallel.context"), _sequence_over_ranks),
+    Rule(("parallel.tensor", "parallel.expert", "parallel.sequence"), _sequence_parallel),
+    Rule(("train.seq_len", "parallel.tensor", "parallel.context", "parallel.sequence"), _sequence_over_ranks),
     Rule(("model.moe.num_experts", "parallel.expert", *_STAGE), _experts_over_ranks),
-    Rule(("parallel.pipeline", "parallel.zero"), _optimizer_state),
-    Rule((*_WIDTHS, "model.moe.residual_ffn_hidden", "parallel.tensor"), _fp8_widths),
+    Rule(("parallel.pipeline", "parallel.zero", "train.precision"), _optimizer_state),
+    Rule((*_WIDTHS, "model.moe.residual_ffn_hidden", "parallel.tensor", "train.precision"), _fp8_widths),
 )

@@ -9,7 +9,10 @@ from megagrok.config.schema import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`find` yields the problems of settings that `reads` names; it runs only if each of those is in its own range."""
+    """`find` yields the problems of settings that `reads` names, all that it looks at.
+
+    It runs only if each of those is in its own range; the search for layouts asks it as soon as they are chosen.
+    """
 
     reads: tuple[str, ...]
     find: Callable[[RunConfig], Iterator[Problem]]
