@@ -1,4 +1,4 @@
-"""Every layout of a run that `check` accepts, for a number of ranks. It has no rules of its own: it asks those of `check`.
+"""Every layout of a run that `check` accepts, for a number of ranks. Not a second set of rules: it asks those of check.
 
 The one idea: axes are chosen one after the other, and a rule is asked as soon as the last setting it reads is chosen:
 one answer fells a whole branch. What an axis offers is a superset (divisors); what stays is up to the rules. Two
