@@ -91,6 +91,45 @@ def run_describe(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the best layouts of a run on a cluster, 1 if none fits; or hold measured runs against their prediction."""
+    from megagrok.plan.calibration import write_calibration
+    from megagrok.plan.measured import RunFolder, calibrate_runs
+    from megagrok.plan.proposal import Request, propose
+    from megagrok.plan.proposal_text import calibration_text, to_dict, to_text, write_best
+
+    if options.calibrate is not None:
+        files = [RunFiles(root) for root in options.calibrate]
+        folders = [RunFolder(run.root, run.config, run.metrics) for run in files]
+        calibration = calibrate_runs(folders, options.gpu, options.nodes_of)
+        if options.write is not None:
+            write_calibration(options.write, calibration)
+        print(calibration_text(calibration))
+        return 0
+    if options.config is None or options.gpus is None:
+        raise ConfigError("plan needs a CONFIG and --gpus N; or --calibrate RUN...")
+    request = Request(
+        config=options.config,
+        overrides=options.overrides,
+        gpus=options.gpus,
+        gpu=options.gpu,
+        gpus_per_node=options.nodes_of,
+        network_bandwidth=None if options.network is None else 1e9 * options.network,
+        seq_len=options.seq,
+        precisions=options.precision,
+        tokens=options.tokens,
+        dollars_per_gpu_hour=options.price,
+        dollars_per_kilowatt_hour=options.power_price,
+        calibration=options.calibration,
+        top=options.top,
+    )
+    proposal = propose(request)
+    if options.write is not None:
+        write_best(options.write, proposal)
+    print(json.dumps(to_dict(proposal), indent=2) if options.json else to_text(proposal))
+    return int(not proposal.found.best)
+
+
 def run_explain(options: argparse.Namespace) -> int:
     """Print what a setting means, and its value and origin in a run."""
     if options.all:
@@ -393,6 +432,17 @@ def _temperature(text: str) -> float:
     return temperature
 
 
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}, needs a number above 0")
+    return number
+
+
+def _tokens(text: str) -> int:
+    return int(_above_zero(text))
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
     _add_overrides(parser)
@@ -414,6 +464,29 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _add_describe(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--json", action="store_true", help="numbers as JSON instead of a table")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file of a run or of a model")
+    _add_overrides(parser)
+    parser.add_argument("--gpus", type=_count, metavar="N", help="GPUs of the cluster")
+    parser.add_argument("--gpu", metavar="NAME", help="which: h100, h200, b200, ...; an unknown one is refused")
+    parser.add_argument("--nodes-of", type=_count, default=8, metavar="N", help="GPUs of a node")
+    parser.add_argument(
+        "--network", type=_above_zero, metavar="GB/S", help="of one GPU's port; as its reference server"
+    )
+    parser.add_argument("--seq", type=_count, metavar="N", help="another sequence length, tokens per step kept")
+    parser.add_argument(
+        "--precision", nargs="+", default=[], choices=("fp32", "bf16", "fp8"), help="that of CONFIG if not given"
+    )
+    parser.add_argument("--tokens", type=_tokens, metavar="N", help="tokens of the whole run (15e12); CONFIG's if not")
+    parser.add_argument("--price", type=_above_zero, metavar="DOLLARS", help="of a GPU-hour")
+    parser.add_argument("--power-price", type=_above_zero, metavar="DOLLARS", help="of a kWh")
+    parser.add_argument("--top", type=_count, default=10, metavar="N", help="layouts to print")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the best as a run file, or the calibration")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="correct the times by measured runs")
+    parser.add_argument("--calibrate", nargs="+", type=Path, metavar="RUN", help="compare measured runs, do not plan")
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
@@ -551,6 +624,7 @@ COMMANDS = {
     "generate": Command("Text from a run's checkpoint.", _add_generate, run_generate),
     "check": Command("Check a run without starting it: every problem at once.", _add_check, run_check),
     "describe": Command("Parameters, FLOPs and bytes of a model or a run.", _add_describe, run_describe),
+    "plan": Command("Which layout, how fast, does it fit, what does it cost.", _add_plan, run_plan),
     "verify-layout": Command(
         "Prove on CPU ranks that no layout changes the maths of a run's model.", _add_verify_layout, run_verify_layout
     ),
