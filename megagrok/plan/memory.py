@@ -1,29 +1,22 @@
 """Bytes of weights, gradients and optimizer state on the fullest rank of each pipeline stage.
 
-Not activations, communication buffers or the allocator's slack: those need the schedule. Who holds what: attention,
-residual MLP, embedding and head are split over the tensor ranks; router and norms are whole on each; experts are whole
-and shared out over the expert ranks. ZeRO shards dense state over the context * data ranks that hold the same dense
-weights, and expert state over the tensor * context * data / expert ranks that hold the same experts.
+Not activations: those need the schedule (`stage_memory.py`, which counts state with the functions of this file). Who
+holds what: attention, dense MLPs, embedding and head are split over the tensor ranks; router and norms are whole on
+each; experts are shared out over the expert ranks, and whole unless a trainer splits them too. ZeRO shards dense state
+over the context * data ranks that hold the same dense weights, and expert state over the tensor * context * data /
+(expert * expert_tensor) ranks that hold the same experts.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megagrok.config.schema import ModelConfig, ParallelConfig, Precision
-from megagrok.plan.params import (
-    attention_params,
-    embedding_params,
-    expert_params,
-    layer_norm_params,
-    residual_ffn_params,
-    router_params,
-)
+from megagrok.plan.shape import MEGAGROK, Habits, Layout, Shape
 
-GRADIENT_BYTES = 4
-"""fp32 in every precision: bf16 gradients are accumulated in fp32."""
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
 MASTER_BYTES = 4
-"""DeepSpeed's sharded optimizer (ZeRO 1 and 2) updates its own fp32 copy of the weights, fp32 runs included."""
+"""fp32 copy of the weights: of bf16 weights always, and of fp32 ones in DeepSpeed's sharded optimizer (ZeRO 1, 2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,42 +40,81 @@ class RankParams:
     expert: int
 
 
+@dataclass(frozen=True, slots=True)
+class StageLayers:
+    """Layers of one stage: with a dense MLP, and with experts."""
+
+    dense: int
+    expert: int
+
+
 def state_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Precision) -> tuple[StateBytes, ...]:
     """For each pipeline stage, first to last, the bytes on the fullest of its ranks.
 
     The layout has to be one that `megagrok.plan.check` accepts.
     """
+    shape, layout = Shape.of(model), Layout.of_state(parallel, precision)
     return tuple(
-        _bytes_of(stage_params(model, parallel, stage), parallel, precision) for stage in range(parallel.pipeline)
+        state_of(held_params(shape, layout.tensor, layout.pipeline, layout.expert, 1, stage), layout, MEGAGROK)
+        for stage in range(parallel.pipeline)
     )
 
 
 def stage_params(model: ModelConfig, parallel: ParallelConfig, stage: int) -> RankParams:
     """Parameters on each rank of pipeline stage `stage`. A tied embedding is also on the last stage, as the head."""
-    layers = model.num_layers // parallel.pipeline
-    split = attention_params(model) + residual_ffn_params(model)
-    dense = layers * (split // parallel.tensor + router_params(model) + layer_norm_params(model))
-    table = embedding_params(model) // parallel.tensor
-    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    return held_params(Shape.of(model), parallel.tensor, parallel.pipeline, parallel.expert, 1, stage)
+
+
+@lru_cache(maxsize=4096)
+def held_params(
+    shape: Shape, tensor: int, pipeline: int, expert: int, expert_tensor: int, stage: int
+) -> RankParams:
+    """Parameters on each rank of a stage, for any shape; where layers do not divide, early stages have one more."""
+    layers = stage_layers(shape, pipeline, stage)
+    mlp = shape.ffn_matrices * shape.hidden
+    # Four norms, as Grok has them; other models have two, a difference of one part in ten thousand.
+    every_layer = shape.attention_params // tensor + 4 * shape.hidden
+    dense = (layers.dense + layers.expert) * every_layer + layers.dense * (mlp * shape.dense_ffn // tensor)
+    dense += layers.expert * (mlp * shape.shared_ffn // tensor + shape.hidden * shape.experts)
+    table = shape.vocab * shape.hidden // tensor
+    is_first, is_last = stage == 0, stage == pipeline - 1
     if is_first:
         dense += table
     if is_last:
-        dense += model.hidden
-    if is_last and not (is_first and model.tied_embeddings):
+        dense += shape.hidden
+    if is_last and not (is_first and shape.tied):
         dense += table
-    return RankParams(dense, layers * (model.moe.num_experts // parallel.expert) * expert_params(model))
+    own_experts = shape.experts // expert
+    return RankParams(dense, layers.expert * own_experts * mlp * shape.expert_ffn // expert_tensor)
+
+
+@lru_cache(maxsize=4096)
+def stage_layers(shape: Shape, pipeline: int, stage: int) -> StageLayers:
+    """Layers of a stage. Dense ones come first in a model; early stages have one more where layers do not divide."""
+    share, more = divmod(shape.layers, pipeline)
+    first = stage * share + min(stage, more)
+    count = share + (stage < more)
+    num_dense = shape.layers if not shape.experts else shape.dense_layers
+    dense = min(max(num_dense - first, 0), count)
+    return StageLayers(dense, count - dense)
+
+
+def state_of(params: RankParams, layout: Layout, habits: Habits) -> StateBytes:
+    """Bytes of these parameters' weights, gradients and optimizer state on one rank."""
+    num_params = params.dense + params.expert
+    dense_copies = layout.context * layout.data
+    expert_copies = max(1, layout.tensor * dense_copies // (layout.expert * layout.expert_tensor))
+    sharded = -(-params.dense // dense_copies) + -(-params.expert // expert_copies)
+    has_master = layout.precision != "fp32" or layout.zero > 0
+    # Whole at ZeRO 1, and at megagrok's ZeRO 2: its schedule accumulates all micro-batches before it keeps its shard.
+    held = sharded if layout.zero == 3 else num_params
+    return StateBytes(
+        held * weight_bytes(layout.precision),
+        held * habits.gradient_bytes,
+        (sharded if layout.zero else num_params) * (MOMENT_BYTES + MASTER_BYTES * has_master),
+    )
 
 
 def weight_bytes(precision: Precision) -> int:
     """Bytes of one weight in the model; fp8 keeps bf16 weights and casts them, its casts are not counted."""
     return 4 if precision == "fp32" else 2
-
-
-def _bytes_of(params: RankParams, parallel: ParallelConfig, precision: Precision) -> StateBytes:
-    num_params = params.dense + params.expert
-    dense_copies = parallel.context * parallel.data
-    expert_copies = parallel.tensor * parallel.context * parallel.data // parallel.expert
-    sharded = -(-params.dense // dense_copies) + -(-params.expert // expert_copies)
-    optimizer = num_params * MOMENT_BYTES if parallel.zero == 0 else sharded * (MASTER_BYTES + MOMENT_BYTES)
-    # Whole at every ZeRO stage: the schedule accumulates all micro-batches before ZeRO 2 keeps its shard.
-    return StateBytes(num_params * weight_bytes(precision), num_params * GRADIENT_BYTES, optimizer)

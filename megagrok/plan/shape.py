@@ -7,7 +7,7 @@ trainers alike. `ModelConfig` and `RunConfig` are translated here, once.
 from dataclasses import dataclass
 from typing import Literal
 
-from megagrok.config.schema import ModelConfig, Precision, Recompute, RunConfig
+from megagrok.config.schema import ModelConfig, ParallelConfig, Precision, Recompute, RunConfig
 from megagrok.plan.batch import num_micro_batches
 
 
@@ -101,6 +101,26 @@ class Layout:
             recompute=train.recompute,
         )
 
+    @classmethod
+    def of_state(cls, parallel: ParallelConfig, precision: Precision) -> "Layout":
+        """A layout for what does not depend on the batch: weights, gradients, optimizer state."""
+        return cls(
+            tensor=parallel.tensor,
+            sequence=parallel.sequence,
+            pipeline=parallel.pipeline,
+            virtual_pipeline=parallel.virtual_pipeline,
+            context=parallel.context,
+            expert=parallel.expert,
+            expert_tensor=1,
+            data=parallel.data,
+            zero=parallel.zero,
+            seq_len=1,
+            micro_batch=1,
+            num_micro_batches=1,
+            precision=precision,
+            recompute="none",
+        )
+
     @property
     def world_size(self) -> int:
         """Ranks, one GPU each."""
@@ -130,8 +150,12 @@ class Habits:
     overlaps_expert: bool
     overlaps_data: bool
     """Whether the messages over these ranks travel while matmuls run."""
+    evens_stages: bool
+    """Layers are placed so that the stage with the output head has fewer."""
     routing: Literal["balanced", "natural"]
+    gradient_bytes: int = 4
+    """Of one parameter, all copies that stay through the step: fp32 sums, and bf16 gradients that stay beside them."""
 
 
-MEGAGROK = Habits("scores", "loop", False, False, "all_to_all", False, False, False, "natural")
+MEGAGROK = Habits("scores", "loop", False, False, "all_to_all", False, False, False, False, "natural")
 """What the engine of this repository does today."""
