@@ -190,11 +190,11 @@ def _comparison(best: Sequence[Candidate]) -> Iterator[str]:
     share = 100 * slower / first.seconds.total
     gains, pays = differences(first.seconds, second.seconds)
     if not gains and not pays:
-        yield f"Second: {layout_words(second.layout)}: as fast; {_memory_difference(first, second)}."
+        yield f"Second: {layout_words(second.layout)}. As fast, with {_memory_difference(first, second)}."
         return
     text = f"It beats the second by {slower:.3g} s a step ({share:.1f} %): {gains or 'in small parts'}"
     yield f"{text}; it pays {pays}." if pays else f"{text}."
-    yield f"Second: {layout_words(second.layout)}. It trades that time for {_memory_difference(first, second)}."
+    yield f"Second: {layout_words(second.layout)}. For that time it has {_memory_difference(first, second)}."
 
 
 def differences(first: StepSeconds, second: StepSeconds) -> tuple[str, str]:
@@ -213,8 +213,8 @@ def differences(first: StepSeconds, second: StepSeconds) -> tuple[str, str]:
 def _memory_difference(first: Estimate, second: Estimate) -> str:
     delta = (second.peak_bytes - first.peak_bytes) / GIB
     if abs(delta) < 0.05:
-        return "nothing: its fullest rank holds as much"
-    return f"{abs(delta):.1f} GiB {'less' if delta < 0 else 'more'} on the fullest rank"
+        return "as much memory"
+    return f"{abs(delta):.1f} GiB {'less' if delta < 0 else 'more'} in use on the fullest rank"
 
 
 def _parts(seconds: StepSeconds) -> str:
