@@ -91,6 +91,37 @@ def run_describe(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_scale(options: argparse.Namespace) -> int:
+    """Print what a run would be on ever more GPUs, and draw it."""
+    from megagrok.plan.estimate import Machine
+    from megagrok.plan.failures import find_rate
+    from megagrok.plan.gpus import find_gpu
+    from megagrok.plan.scale import KINDS, Assumptions, ladder, scale
+    from megagrok.plan.scale_report import Scaling, to_json, to_text
+
+    loaded = decode_config(options.config, options.overrides)
+    require_runnable(loaded)
+    if options.picture is not None and options.picture.suffix != ".svg":
+        raise ConfigError(f"--picture {options.picture}, needs a name that ends with .svg")
+    gpu, sizes = find_gpu(options.gpu), ladder(options.gpus)
+    machine = Machine(gpu, options.nodes_of, gpu.network_bandwidth)
+    costs = options.restart_seconds, options.checkpoint_seconds, options.price
+    assumed = Assumptions(find_rate(options.failures), *costs)
+    rungs = {
+        kind: scale(loaded.config, machine, sizes, kind, assumed, searches=options.best)
+        for kind in ([options.kind] if options.kind else KINDS)
+    }
+    scaling = Scaling(loaded.config, machine, assumed, options.best, rungs)
+    if options.picture is not None:
+        from megagrok.plan.scale_picture import draw
+
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        options.picture.write_bytes(draw(scaling))
+    name = "" if options.picture is None else options.picture.name
+    print(to_json(scaling) if options.json else to_text(scaling, name))
+    return 0
+
+
 def run_plan(options: argparse.Namespace) -> int:
     """Print the best layouts of a run on a cluster, 1 if none fits; or hold measured runs against their prediction."""
     from megagrok.plan.calibration import write_calibration
@@ -425,11 +456,11 @@ def _gib(text: str) -> float:
     return size
 
 
-def _temperature(text: str) -> float:
-    temperature = float(text)
-    if not 0 <= temperature < float("inf"):
+def _at_least_zero(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}, needs a number of 0 or more")
-    return temperature
+    return value
 
 
 def _above_zero(text: str) -> float:
@@ -464,6 +495,27 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _add_describe(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--json", action="store_true", help="numbers as JSON instead of a table")
+
+
+def _add_scale(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--gpus", default="8..131072", metavar="A..B", help="sizes: A, 2 A, 4 A ... B; 8..131072")
+    parser.add_argument("--gpu", default="h100", metavar="GPU", help="kind of GPU, such as h100 or h200")
+    parser.add_argument("--nodes-of", type=_count, default=8, metavar="N", help="GPUs of a node; 8")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--strong", dest="kind", action="store_const", const="strong", help="only: the batch stays")
+    kinds.add_argument("--weak", dest="kind", action="store_const", const="weak", help="only: the batch grows")
+    parser.add_argument("--best", action="store_true", help="the fastest layout at each size, not the run's own; slow")
+    parser.add_argument("--failures", default="llama3", metavar="NAME", help="whose: llama3, rsc1, rsc2, opt, bloom")
+    parser.add_argument(
+        "--checkpoint-seconds", type=_at_least_zero, metavar="S", help="that a save holds the steps; else as measured"
+    )
+    parser.add_argument(
+        "--restart-seconds", type=_at_least_zero, default=300.0, metavar="S", help="to start again, less loading; 300"
+    )
+    parser.add_argument("--price", type=_at_least_zero, metavar="DOLLARS", help="of a GPU-hour")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw it as well")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -547,7 +599,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=_count, default=120, metavar="N", help="tokens to write at the most")
-    parser.add_argument("--temperature", type=_temperature, default=0.8, metavar="T", help="0 takes the likeliest")
+    parser.add_argument("--temperature", type=_at_least_zero, default=0.8, metavar="T", help="0 takes the likeliest")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed writes the same text")
     parser.add_argument("--step", type=_count, metavar="N", help="checkpoint to use instead of the newest")
 
@@ -624,6 +676,7 @@ COMMANDS = {
     "generate": Command("Text from a run's checkpoint.", _add_generate, run_generate),
     "check": Command("Check a run without starting it: every problem at once.", _add_check, run_check),
     "describe": Command("Parameters, FLOPs and bytes of a model or a run.", _add_describe, run_describe),
+    "scale": Command("A run on 8 to 131,072 GPUs: step, failures, tokens a day.", _add_scale, run_scale),
     "plan": Command("Which layout, how fast, does it fit, what does it cost.", _add_plan, run_plan),
     "verify-layout": Command(
         "Prove on CPU ranks that no layout changes the maths of a run's model.", _add_verify_layout, run_verify_layout
