@@ -21,6 +21,8 @@ from megagrok.plan.flops import training_flops_per_token
 from megagrok.plan.gpus import Gpu, find_gpu
 from megagrok.plan.shape import Layout, Shape
 
+UNKNOWN_BYTES = 2**50
+"""Memory of a CPU rank: no run tells it, and every layout fits."""
 LEAST_STEPS = 5
 """Measured steps that a median needs."""
 WARM_UP = 0.25
@@ -69,7 +71,7 @@ def _device(measured: Sequence[_Steps], folders: Sequence[RunFolder], name: str 
         # A Gpu's fp32 peak is half of its bf16 peak.
         bf16 = peak if measured[0].run.train.precision == "bf16" else 2 * peak
         return Gpu(
-            "cpu", (), bf16, 0.0, 2**50, CPU_MEMORY_BANDWIDTH, CPU_LINK_BANDWIDTH, CPU_LINK_BANDWIDTH, 0,
+            "cpu", (), bf16, 0.0, UNKNOWN_BYTES, CPU_MEMORY_BANDWIDTH, CPU_LINK_BANDWIDTH, CPU_LINK_BANDWIDTH, 0,
             "median of the peaks that the runs measured; memory size unknown, bandwidths nominal",
         )  # fmt: skip
     if name is None:

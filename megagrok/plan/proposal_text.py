@@ -9,6 +9,7 @@ from megagrok.errors import ConfigError
 from megagrok.plan.calibration import Calibration
 from megagrok.plan.estimate import Estimate, StageBytes, StepSeconds
 from megagrok.plan.flops import CONVENTION
+from megagrok.plan.measured import UNKNOWN_BYTES
 from megagrok.plan.params import total_params
 from megagrok.plan.price import PUE, SERVER_FACTOR, Bill
 from megagrok.plan.proposal import MODEL_FILE_TOKENS, Proposal
@@ -117,7 +118,7 @@ def _heading(proposal: Proposal) -> Iterator[str]:
     run, request, machine, found = proposal.run, proposal.request, proposal.machine, proposal.found
     train, gpu = run.train, machine.gpu
     yield (
-        f"{run.name}: {total_params(run.model) / 1e9:.1f} B parameters on {request.gpus:,} {gpu.name} in nodes of "
+        f"{run.name}: {_count(total_params(run.model))} parameters on {request.gpus:,} {gpu.name} in nodes of "
         f"{machine.gpus_per_node}, {machine.network_bandwidth / 1e9:g} GB/s of network per GPU"
     )
     why = ""
@@ -130,7 +131,7 @@ def _heading(proposal: Proposal) -> Iterator[str]:
         f"{train.seq_len:,}{why}"
     )
     yield (
-        f"{found.legal:,} layouts pass check: {found.fitting:,} fit in {gpu.memory_bytes / GIB:.1f} GiB, "
+        f"{found.legal:,} layouts pass check: {found.fitting:,} fit in {_gib(gpu.memory_bytes)}, "
         f"{found.too_large:,} do not; {found.larger_still:,} more, those with a larger micro-batch, were not priced"
     )
 
@@ -145,7 +146,7 @@ def _answer(proposal: Proposal) -> Iterator[str]:
     yield "\n".join(_comparison(found.best))
     yield _stages_table("Memory of the first, fullest rank of each stage, GiB:", found.best[0].estimate.stages)
     yield f"A step of the first: {_parts(found.best[0].estimate.seconds)}."
-    if proposal.bill is not None:
+    if proposal.bill is not None and proposal.machine.gpu.power_watts:
         yield "\n".join(_bill_lines(proposal.bill, proposal))
     if not proposal.is_model_file:
         text = run_file(proposal.request.config, found.best[0].run, Path(), run_file_comment(proposal, found.best[0]))
@@ -161,13 +162,14 @@ def table(candidates: Sequence[Candidate], memory_bytes: int) -> str:
 
 def _row(price: Estimate, memory_bytes: int) -> tuple[str, ...]:
     layout = price.layout
+    free = f"{(memory_bytes - price.peak_bytes) / GIB:.1f}" if memory_bytes < UNKNOWN_BYTES else "?"
     return (
         str(layout.tensor), "yes" if layout.sequence else "no", str(layout.pipeline), str(layout.virtual_pipeline),
         str(layout.expert), str(layout.context), str(layout.data), str(layout.zero), str(layout.micro_batch),
         layout.recompute, layout.precision,
-        f"{price.peak_bytes / GIB:.1f}", f"{(memory_bytes - price.peak_bytes) / GIB:.1f}",
+        f"{price.peak_bytes / GIB:.1f}", free,
         f"{price.seconds.total:.3g}" if price.seconds.total < 100 else f"{price.seconds.total:.1f}",
-        f"{price.tokens_per_second * SECONDS_PER_DAY / 1e9:.3g} B", f"{100 * price.mfu:.1f}", f"{100 * price.hfu:.1f}",
+        _count(price.tokens_per_second * SECONDS_PER_DAY), f"{100 * price.mfu:.1f}", f"{100 * price.hfu:.1f}",
     )  # fmt: skip
 
 
@@ -243,7 +245,7 @@ def _stages_table(title: str, stages: Sequence[StageBytes]) -> str:
 
 def _bill_lines(bill: Bill, proposal: Proposal) -> Iterator[str]:
     yield (
-        f"{bill.tokens / 1e12:.3g} T tokens at this speed: {bill.days:,.1f} days, {bill.gpu_hours:,.0f} GPU-hours, "
+        f"{_count(bill.tokens)} tokens at this speed: {bill.days:,.1f} days, {bill.gpu_hours:,.0f} GPU-hours, "
         "without interruptions and smaller batches (`megagrok scale` counts failures)."
     )
     yield (
@@ -318,6 +320,17 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
         "mfu": price.mfu,
         "hfu": price.hfu,
     }
+
+
+def _gib(memory_bytes: int) -> str:
+    return "a memory of unknown size" if memory_bytes >= UNKNOWN_BYTES else f"{memory_bytes / GIB:.1f} GiB"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.3g}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
