@@ -10,6 +10,7 @@ from megagrok.plan.checkpoint_interval import Losses, best_interval
 from megagrok.plan.estimate import Machine
 from megagrok.plan.failures import RATES, detection_seconds
 from megagrok.plan.flops import CONVENTION
+from megagrok.plan.proposal_text import layout_words
 from megagrok.plan.save_cost import HOLD_BYTES_PER_SECOND, STORAGE_BYTES_PER_SECOND, WRITE_BYTES_PER_SECOND
 from megagrok.plan.scale import GIB, Assumptions, Kind, Rung, Works
 
@@ -41,7 +42,7 @@ def to_text(scaling: Scaling, picture: str = "") -> str:
         *([f"![{run.name}: step, MFU, ETTR and tokens a day over GPUs]({picture})"] if picture else []),
     ]
     for kind, rungs in scaling.rungs.items():
-        parts += [f"## {_TITLES[kind]}", _table(_columns(scaling.assumed), rungs), *_notes(rungs)]
+        parts += [f"## {_TITLES[kind]}", _table(_columns(scaling), rungs), *_notes(rungs)]
     first = next(iter(scaling.rungs.values()))
     if any(rung.works for rung in first):
         parts += ["## Effective training time by failure rate", _RATES_TEXT, _rates(first)]
@@ -79,13 +80,13 @@ def _layout(run: RunConfig) -> str:
     )
 
 
-def _columns(assumed: Assumptions) -> list[_Column]:
+def _columns(scaling: Scaling) -> list[_Column]:
     """Heads, and what is written below them of a size that works."""
-    dollars: list[_Column] = (
-        [("dollars", lambda works: _short(works.bill.dollars if works.bill else None))]
-        if assumed.dollars_per_gpu_hour is not None
-        else []
-    )
+    more: list[_Column] = []
+    if scaling.assumed.dollars_per_gpu_hour is not None:
+        more.append(("dollars", lambda works: _short(works.bill.dollars if works.bill else None)))
+    if scaling.searches:
+        more.append(("layout", lambda works: layout_words(works.estimate.layout)))
     return [
         ("step, s", lambda works: f"{works.estimate.seconds.total:.3g}"),
         ("MFU", lambda works: f"{works.estimate.mfu:.1%}"),
@@ -98,7 +99,7 @@ def _columns(assumed: Assumptions) -> list[_Column]:
         ("tokens a day", lambda works: _short(works.tokens_per_day)),
         ("days", lambda works: _short(works.bill.days if works.bill else None)),
         ("GPU-hours", lambda works: _short(works.bill.gpu_hours if works.bill else None)),
-        *dollars,
+        *more,
     ]
 
 

@@ -80,7 +80,7 @@ def test_waiting_for_the_save_before_is_no_gain() -> None:
     assert found.ettr > ettr(best_seconds(losses), losses)
 
 
-@pytest.mark.parametrize("step", [0.5, 11.0, 300.0, 5_000.0])
+@pytest.mark.parametrize("step", [0.5, 11.0, 300.0, 370.0, 5_000.0])
 def test_a_run_saves_after_whole_steps_and_no_other_number_of_them_is_better(step: float) -> None:
     losses = PLACES[1]
     found = best_interval(step, losses)

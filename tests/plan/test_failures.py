@@ -84,4 +84,5 @@ def test_a_hold_that_was_measured_elsewhere_takes_the_place_of_ours(run) -> None
 
 def test_without_zero_one_rank_of_the_copies_saves_for_all(run) -> None:
     whole, shared = save_cost(with_setting(run, "parallel.zero", 0)), save_cost(run)
-    assert 4 < whole.hold_seconds / shared.hold_seconds < 9
+    # Eight ranks hold the same dense weights, and eight the same experts.
+    assert whole.hold_seconds / shared.hold_seconds == pytest.approx(8, rel=1e-3)
