@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = (
     "errors", "whole_file", "config", "plan", "platform", "parallel", "kernels", "model", "data", "checkpoint",
-    "engine", "telemetry", "train", "verify", "slurm", "drill", "lab", "specialise", "cli", "__main__",
+    "engine", "telemetry", "train", "verify", "rehearse", "slurm", "drill", "lab", "specialise", "cli", "__main__",
 )  # fmt: skip
 
 # A foreign name, and the modules that may use it (a module covers those below it).

@@ -9,7 +9,7 @@ the data ranks where a sum is due, so the scale carries their number.
 
 # M micro-batches of this data rank, B micro-batch, S sequence, s this rank's positions, L layers, E experts
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megagrok.checkpoint import Checkpoint, Fragment
-from megagrok.config.schema import RunConfig
+from megagrok.config.schema import ModelConfig, RunConfig
 from megagrok.data.batches import Batch
 from megagrok.engine.gradients import global_norm, sum_over_tensor_ranks, sum_tied_embeddings
 from megagrok.engine.optimizer import Shard, make_deepspeed_engine, set_step_count, shards
@@ -34,6 +34,8 @@ from megagrok.model.transformer_config import GrokTransformerConfig, make_transf
 from megagrok.parallel.context import context_positions
 from megagrok.parallel.groups import ProcessGroups
 from megagrok.platform import Platform, check_precision
+
+Fill = Callable[[list[LocalParameter], ModelConfig, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,9 +310,13 @@ class Engine:
         limit = self._run.optimizer.clip_norm
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
-    def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
-        """Where the step's gradient has been accumulated: in fp32, also for bf16 weights."""
+    def find_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Where the step's gradient is accumulated, in fp32, also for bf16 weights; None where it is made later."""
         gradient: Tensor | None = parameter._hp_grad if self._is_bf16 else parameter.grad  # type: ignore[attr-defined]
+        return gradient
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
+        gradient = self.find_gradient(parameter)
         assert gradient is not None
         return gradient
 
@@ -322,9 +328,12 @@ class Engine:
         return fragment.flatten()
 
 
-def build_engine(run: RunConfig, groups: ProcessGroups, platform: Platform) -> Engine:
+def build_engine(
+    run: RunConfig, groups: ProcessGroups, platform: Platform, *, fill: Fill = fill_initial_values
+) -> Engine:
     """Build this rank's part of the model with its initial weights, and its optimizer. Collective over all ranks.
 
+    fill: gives the weights their first values; a rehearsal, whose tensors hold none, gives none.
     Raises MachineError if the device cannot do the precision.
     """
     check_precision(platform, run.train.precision)
@@ -332,7 +341,7 @@ def build_engine(run: RunConfig, groups: ProcessGroups, platform: Platform) -> E
     config = make_transformer_config(run, groups, platform)
     chunks = _build_chunks(config, run, groups, platform)
     parameters = [item for chunk in chunks for item in local_parameters(chunk)]
-    fill_initial_values(parameters, run.model, run.train.seed)
+    fill(parameters, run.model, run.train.seed)
     return Engine(run, groups, platform, config, chunks, parameters)
 
 

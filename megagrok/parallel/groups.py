@@ -156,6 +156,27 @@ def make_groups(
     return groups
 
 
+def kinds_of_groups(groups: ProcessGroups) -> dict[str, str]:
+    """Name of each torch.distributed group of this rank, Megatron's and DeepSpeed's -> what it is, in our words."""
+    name = expert_group_name(groups.topology.expert)
+    kinds: list[tuple[str, Group | None]] = [
+        ("world", dist.group.WORLD),
+        ("tensor", groups.tensor),
+        ("context", groups.context),
+        ("tensor_context", groups.tensor_context),
+        ("data", groups.data),
+        ("data", deepspeed_groups._get_data_parallel_group()),
+        ("pipeline", groups.pipeline),
+        ("model", groups.model),
+        ("embedding", groups.embedding),
+        ("expert", groups.expert),
+        ("expert", deepspeed_groups._get_expert_parallel_group(name)),
+        ("expert_data", groups.expert_data),
+        ("expert_data", deepspeed_groups._get_expert_data_parallel_group(name)),
+    ]
+    return {group.group_name: kind for kind, group in kinds if group is not None}
+
+
 def _make_deepspeed_expert_groups(expert: int, timeout: timedelta) -> None:
     deepspeed_groups._create_expert_and_data_parallel(expert)
     name = expert_group_name(expert)

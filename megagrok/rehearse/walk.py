@@ -1,0 +1,190 @@
+"""One step of any rank's real training code, in pretence: groups, model, schedule, reduction, AdamW."""
+
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megagrok.config.schema import RunConfig
+from megagrok.data.batches import Batch
+from megagrok.engine.engine import Engine, build_engine
+from megagrok.errors import TopologyError
+from megagrok.parallel import launch
+from megagrok.parallel.groups import ProcessGroups, kinds_of_groups, make_groups
+from megagrok.parallel.ranks import Ranks
+from megagrok.parallel.topology import Topology
+from megagrok.plan import num_micro_batches
+from megagrok.rehearse.collectives import Collectives
+from megagrok.rehearse.known import KnownNumbers
+from megagrok.rehearse.load import Load
+from megagrok.rehearse.observer import Observer
+from megagrok.rehearse.pretence import FAKE, pretended_peers, pretended_tensors
+from megagrok.rehearse.rehearsal import Memory, Rehearsal
+from megagrok.rehearse.storages import Storage
+
+_TIMEOUT_SECONDS = 60.0
+
+
+def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None) -> Rehearsal:
+    """Walk one step of rank `rank` of the whole job, in a process of its own (Megatron and DeepSpeed keep their groups
+    in globals). The run has to be one that `plan.check` accepts.
+
+    fullest: share of all choices that goes to the fullest expert, which is this rank's; None is balanced.
+    Raises TopologyError for a rank that the layout does not have, ConfigError for a share that no routing has.
+    """
+    topology = Topology.of(run.parallel)
+    if not 0 <= rank < topology.world_size:
+        raise TopologyError(f"rank {rank} is outside 0 .. {topology.world_size - 1}, the ranks of this layout")
+    place = topology.coordinates(rank)
+    load = Load.of(run.model.moe, topology.expert, place.expert, fullest)
+    (rehearsal,) = launch.run_ranks(
+        partial(_walk, run=run, rank=rank, load=load), 1, timeout_seconds=_TIMEOUT_SECONDS, log_of=_unread
+    )
+    return rehearsal
+
+
+def micro_batches_to_walk(run: RunConfig) -> int:
+    """As few as fill the schedule of every stage, and no more than the step has. One after the other needs as many as
+    there are stages; interleaved chunks need twice that, and a multiple of it."""
+    pipeline, chunks = run.parallel.pipeline, run.parallel.virtual_pipeline
+    return min(num_micro_batches(run, run.train.global_batch), 2 * pipeline if chunks > 1 else pipeline + 1)
+
+
+def _unread(_rank: int) -> Path:
+    """Where what the libraries print goes; what they raise comes back."""
+    return Path(os.devnull)
+
+
+def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
+    """In the forked process."""
+    started = time.perf_counter()
+    topology = Topology.of(run.parallel)
+    walked, replaced = _as_rehearsed(run, load)
+    micro_batches = micro_batches_to_walk(run)
+    with pretended_peers(rank, topology.world_size):
+        groups = make_groups(
+            topology,
+            virtual_pipeline=run.parallel.virtual_pipeline,
+            platform=FAKE,
+            timeout_seconds=_TIMEOUT_SECONDS,
+        )
+        collectives = Collectives(kinds_of_groups(groups))
+        observer = Observer(collectives, KnownNumbers(load))
+        with pretended_tensors(), observer.watching():
+            moments = _take_step(walked, groups, observer, micro_batches)
+        return Rehearsal(
+            rank=rank,
+            world_size=topology.world_size,
+            stage=groups.coordinates.pipeline,
+            micro_batches=micro_batches,
+            micro_batches_of_step=num_micro_batches(run, run.train.global_batch),
+            **moments,
+            traffic=collectives.traffic(micro_batches),
+            flops=observer.flops(micro_batches),
+            shapes=observer.shapes(),
+            seconds=time.perf_counter() - started,
+            replaced=replaced,
+        )
+
+
+def _take_step(run: RunConfig, groups: ProcessGroups, observer: Observer, micro_batches: int) -> dict[str, Memory]:
+    """Build, forward and backward, reduce, step; the memory at the peak of each."""
+    ends: list[int] = [0]
+
+    def enter(phase: str) -> None:
+        ends.append(observer.storages.moment)
+        observer.phase = phase
+
+    engine = build_engine(run, groups, FAKE, fill=lambda *_: None)
+    standing = _Standing(engine, observer)
+    enter("forward_backward")
+    shape = (micro_batches, run.train.micro_batch, run.train.seq_len)
+    ids = tuple(range(micro_batches * run.train.micro_batch))
+    batch = Batch(
+        tokens_MBS=torch.zeros(shape, dtype=torch.int64),
+        labels_MBS=torch.zeros(shape, dtype=torch.int64),
+        sample_ids=ids,
+        document_ids=(),
+    )
+    engine.forward_backward(batch)
+    standing.look_at_gradients()
+    enter("reduce")
+    engine.reduce_gradients()
+    enter("step")
+    engine.step(run.optimizer.lr)
+    ends.append(observer.storages.moment)
+    _, built, computed, reduced, stepped = ends
+    return {
+        "build": standing.weigh(observer.storages.peak(built, built)),
+        "forward_backward": standing.weigh(observer.storages.peak(built + 1, computed)),
+        "reduce": standing.weigh(observer.storages.peak(computed + 1, reduced)),
+        "step": standing.weigh(observer.storages.peak(reduced + 1, stepped)),
+    }
+
+
+class _Standing:
+    """What stands through the step, told apart by whose it is; all else is told apart by when it lived."""
+
+    def __init__(self, engine: Engine, observer: Observer) -> None:
+        self._engine, self._observer = engine, observer
+        self._kinds: dict[int, str] = {}
+        for item in engine.local_parameters:
+            self._mark(item.parameter, "weights")
+
+    def look_at_gradients(self) -> None:
+        """Take note of where gradients are, between their making and their reduction."""
+        for item in self._engine.local_parameters:
+            gradient = self._engine.find_gradient(item.parameter)
+            if gradient is not None:
+                self._mark(gradient, "gradients")
+
+    def weigh(self, alive: list[Storage]) -> Memory:
+        """Bytes by kind."""
+        sizes: dict[str, int] = {}
+        for storage in alive:
+            kind = self._kind(storage)
+            sizes[kind] = sizes.get(kind, 0) + storage.size
+        return Memory(**sizes)
+
+    def _mark(self, tensor: torch.Tensor, kind: str) -> None:
+        life = self._observer.storages.life_of(tensor)
+        assert life is not None
+        self._kinds[id(life)] = kind
+
+    def _kind(self, storage: Storage) -> str:
+        if id(storage) in self._kinds:
+            return self._kinds[id(storage)]
+        if storage.phase == "build":
+            return "optimizer"
+        if storage.phase == "reduce" or (storage.phase == "forward_backward" and storage.died is None):
+            return "communication"
+        if storage.phase == "step":
+            return "transient"
+        if storage.is_head:
+            return "logits"
+        if storage.is_backward or not self._outlives_its_call(storage):
+            return "transient"
+        return "activations"
+
+    def _outlives_its_call(self, storage: Storage) -> bool:
+        end = next((moment for moment in self._observer.forward_ends if moment >= storage.born), None)
+        return end is not None and (storage.died is None or storage.died > end + 1)
+
+
+def _as_rehearsed(run: RunConfig, load: Load) -> tuple[RunConfig, tuple[str, ...]]:
+    """The run as it can be walked here, and what is not as it will be."""
+    replaced = [
+        f"token counts of the experts: {load}",
+        "losses and norms: 1, so that the step is finite and taken",
+        "collectives: answered at once; no bytes are sent",
+        "device: the CPU's code path (no CUDA context, no allocator, no rounding of sizes, no NCCL buffers)",
+    ]
+    if run.train.precision == "fp8":
+        run = replace(run, train=replace(run.train, precision="bf16"))
+        replaced.append(
+            "fp8: Megatron's own linears in bf16 in the place of Transformer Engine's; its casts are not seen"
+        )
+    return run, tuple(replaced)
