@@ -152,10 +152,14 @@ class Habits:
     """Whether the messages over these ranks travel while matmuls run."""
     evens_stages: bool
     """Layers are placed so that the stage with the output head has fewer."""
+    experts_in_fp8: bool
+    """Under fp8 the experts too, not only the dense matrices."""
+    reduces_whole: bool
+    """Gradients are all-reduced though each rank needs only its shard of them."""
     routing: Literal["balanced", "natural"]
     gradient_bytes: int = 4
     """Of one parameter, all copies that stay through the step: fp32 sums, and bf16 gradients that stay beside them."""
 
 
-MEGAGROK = Habits("scores", "loop", False, False, "all_to_all", False, False, False, False, "natural")
+MEGAGROK = Habits("scores", "loop", False, False, "all_to_all", False, False, False, False, False, True, "natural")
 """What the engine of this repository does today."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from megagrok.plan.memory import RankParams, held_params, weight_bytes
 from megagrok.plan.shape import Habits, Layout, Shape
 
 Group = Literal["tensor", "context", "expert", "pipeline", "data", "expert_data"]
@@ -18,6 +19,8 @@ Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 ATTENTION_BLOCKS = 8
 """Runs of queries in which megagrok's attention leaves out later keys (model/attention.py)."""
+SCORE_BYTES = 40
+"""Forward, per score: written 2, made fp32 2 + 4, capped 8, masked 8, softmax 8, rounded 4 + 2, read 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class Work:
     expert_matmuls: tuple[Matmul, ...]
     attention_flops: float
     """Forward: scores and weighted values as they are computed."""
+    score_bytes: float
+    """Forward: read and written by what lies between those two, 0 where scores stay on chip."""
     moved_bytes: float
     """Forward: read and written by everything that is no matmul and no attention."""
     kernels: float
@@ -117,7 +122,7 @@ def layer_work(shape: Shape, part: Slice, habits: Habits, has_experts: bool) -> 
     backward = [*_enter_back(part, whole), *_leave_back(part, whole), *_context_backward(shape, part)]
     # Two norms before, two residual sums (and in Grok two norms after): each reads and writes the stream.
     moved = 10.0 * part.own_tokens * h * size + 4.0 * t * shape.heads * shape.head_dim / part.tensor * size
-    kernels = 16.0
+    kernels = 25.0
     dense_width = shape.shared_ffn if has_experts else shape.dense_ffn
     if dense_width:
         matmuls.append(Matmul(t, h, shape.ffn_matrices * dense_width / part.tensor))
@@ -136,11 +141,12 @@ def layer_work(shape: Shape, part: Slice, habits: Habits, has_experts: bool) -> 
         backward += _dispatch(shape, part, T)
         # Sort, regroup and their inverses read and write every row; then the gated product.
         moved += (8.0 * rows * h + shape.ffn_matrices * rows * width) * size
-        kernels += 24 + (0 if habits.experts == "grouped" else 4 * local)
+        kernels += 150 + (0 if habits.experts == "grouped" else 4 * local)
     return Work(
         tuple(matmuls),
         tuple(expert_matmuls),
         attention_flops(shape, part, habits),
+        score_bytes(shape, part, habits),
         moved,
         kernels,
         tuple(forward),
@@ -159,10 +165,11 @@ def head_work(shape: Shape, part: Slice) -> Work:
         (Matmul(t, h, shape.vocab / part.tensor),),
         (),
         0.0,
+        0.0,
         2.0 * part.own_tokens * h * size + logits * (size + 4 * 4.0),
         12.0,
         (*_enter(part, whole), *statistics),
-        _enter_back(part, whole),
+        tuple(_enter_back(part, whole)),
     )
 
 
@@ -170,9 +177,8 @@ def head_work(shape: Shape, part: Slice) -> Work:
 def embedding_work(shape: Shape, part: Slice) -> Work:
     """Look-up of the tokens: the beginning of the first stage."""
     whole = part.tokens * shape.hidden * part.element_bytes
-    return Work(
-        (), (), 0.0, 3.0 * whole / part.tensor, 4.0, tuple(_leave(part, whole)), tuple(_leave_back(part, whole))
-    )
+    moved = 3.0 * whole / part.tensor
+    return Work((), (), 0.0, 0.0, moved, 4.0, tuple(_leave(part, whole)), tuple(_leave_back(part, whole)))
 
 
 def attention_flops(shape: Shape, part: Slice, habits: Habits) -> float:
@@ -187,6 +193,47 @@ def attention_flops(shape: Shape, part: Slice, habits: Habits) -> float:
     if part.context > 1:
         return square
     return square * (ATTENTION_BLOCKS + 1) / (2 * ATTENTION_BLOCKS)
+
+
+def score_bytes(shape: Shape, part: Slice, habits: Habits) -> float:
+    """Scores are written, made fp32, capped, masked, normalised and rounded: SCORE_BYTES for each of them."""
+    if habits.attention == "flash":
+        return 0.0
+    return attention_flops(shape, part, habits) / (4.0 * shape.head_dim) * SCORE_BYTES
+
+
+def stage_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
+    """Parameters of a rank of that stage."""
+    return held_params(shape, layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor, stage)
+
+
+def update_messages(shape: Shape, layout: Layout, habits: Habits, stage: int) -> tuple[Message, ...]:
+    """Gradients of a step on their way over the ranks that hold the same weights, and the weights' way back.
+
+    ZeRO 0 adds whole gradients up. Above it, each rank keeps the sums of its shard; all-gather of the new weights.
+    """
+    params = stage_params(shape, layout, stage)
+    weight = weight_bytes(layout.precision)
+    messages: list[Message] = []
+    copies = layout.data * layout.context
+    expert_copies = max(1, layout.tensor * copies // (layout.expert * layout.expert_tensor))
+    groups: tuple[tuple[Group, int, int], ...] = (
+        ("data", params.dense, copies),
+        ("expert_data", params.expert, expert_copies),
+    )
+    for group, held, ranks in groups:
+        if ranks == 1 or not held:
+            continue
+        if layout.zero == 3:
+            # FSDP: gathered for both passes and reduced in bf16, for each micro-batch.
+            messages.append(Message(group, "all_gather", weight * held, 2 * layout.num_micro_batches))
+            messages.append(Message(group, "reduce_scatter", weight * held, layout.num_micro_batches))
+            continue
+        whole = layout.zero == 0 or habits.reduces_whole
+        messages.append(Message(group, "all_reduce" if whole else "reduce_scatter", 4.0 * held))
+        if layout.zero:
+            messages.append(Message(group, "all_gather", weight * held))
+    return tuple(messages)
 
 
 def _enter(part: Slice, whole: float) -> list[Message]:
