@@ -1,10 +1,12 @@
 """What every test process has in common: one torch thread, tiers by marker, and a closing count of laws not checked."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+
+from tests.login_node import LoginNode
 
 # Rank tests fork this process: a forked child hangs in OpenMP if its parent has run torch on several threads.
 torch.set_num_threads(1)
@@ -16,6 +18,13 @@ NEEDS = {
 }
 GPUS = {"gpu": 1, "multi_gpu": 2}
 UNCHECKED = pytest.StashKey[Counter[str]]()
+
+
+@pytest.fixture(scope="module")
+def login() -> Iterator[LoginNode]:
+    """A machine without torch to type commands on."""
+    with LoginNode() as node:
+        yield node
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from megagrok.data.prepare import prepare
 from megagrok.data.tokenizer import train_tokenizer
 from megagrok.data.tokens import TokenWriter
 from megagrok.parallel.placement import Nodes
+from megagrok.train.attempt import NodePage, write_page
 from megagrok.train.files import RunFiles
 from megagrok.train.lease import leased
 from tests.config.conftest import TINY
@@ -235,12 +236,14 @@ CLUSTER = 'walltime: "00:30:00"\ngpus_per_node: 0\nranks_per_node: 2\nsignal_lea
 
 
 def saved_in(seconds: int) -> Make:
-    """What rank 0 of an earlier attempt said of its save."""
+    """What an earlier start left behind about its saves."""
 
     def make(folder: Path) -> None:
-        log = folder / "runs" / "t" / "attempts" / "00001" / "rank-00000.log"
-        log.parent.mkdir(parents=True)
-        log.write_text(f"step 4 saved: held 0.00 s, written in {seconds}.00 s, 1.00 GB/s\n")
+        page = NodePage(
+            generation=1, node=0, num_nodes=1, host="node1", job=None, restart=0, pid=1, started_at=0.0, at=1.0,
+            ranks=(), ending=None, slowest_save_seconds=float(seconds),
+        )  # fmt: skip
+        write_page(folder / "runs" / "t", page)
 
     return make
 
@@ -457,12 +460,6 @@ def refused(row: Row, folder: Path, login: LoginNode) -> Outcome:
         assert ended.heavy == ()
     assert not (folder / "pwned").exists()
     return ended
-
-
-@pytest.fixture(scope="module")
-def login() -> Iterator[LoginNode]:
-    with LoginNode() as node:
-        yield node
 
 
 @pytest.fixture

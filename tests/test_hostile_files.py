@@ -6,7 +6,6 @@ Commits and shards of checkpoints have a corpus of their own in tests/checkpoint
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets  # noqa: F401  # once, before anything is forked
@@ -50,12 +49,6 @@ WORDS = [
     "x\u2028#SBATCH",
 ]
 SITE = ["partition", "account", "constraint", "venv"]
-
-
-@pytest.fixture(scope="module")
-def login() -> Iterator[LoginNode]:
-    with LoginNode() as node:
-        yield node
 
 
 @pytest.fixture

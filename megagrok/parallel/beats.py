@@ -19,7 +19,8 @@ import numpy as np
 Phase = Literal["start", "load", "step", "evaluate", "save"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _ROW = np.dtype(
-    [(name, "i8") for name in ("phase", "step", "beats", "saved", "worked_steps")] + [("at", "f8"), ("worked", "f8")]
+    [(name, "i8") for name in ("phase", "step", "beats", "saved", "worked_steps")]
+    + [(name, "f8") for name in ("at", "worked", "slowest_save")]
 )
 _SAMPLE_SECONDS = 0.02
 
@@ -42,6 +43,8 @@ class Beat:
     """Steps that it has done since it started."""
     worked_seconds: float
     """Time in those steps in which it did not wait for its peers, as sampled by `metered`."""
+    slowest_save_seconds: float
+    """Of the saves that it has seen through since it started, from copy to commit; 0 if there was none."""
 
 
 class Pulse:
@@ -60,9 +63,10 @@ class Pulse:
         self._row["phase"], self._row["step"] = PHASES.index(phase), step
         self.beat()
 
-    def saved(self, step: int) -> None:
-        """Say that a step is safe."""
+    def saved(self, step: int, took_seconds: float = 0.0) -> None:
+        """Say that a step is safe, and how long its save took, unless it was an earlier start's."""
         self._row["saved"] = step
+        self._row["slowest_save"] = max(float(self._row["slowest_save"]), took_seconds)
         self.beat()
 
     def step_done(self) -> None:
@@ -133,6 +137,7 @@ class Beats:
                 saved=int(row["saved"]) if row["saved"] >= 0 else None,
                 worked_steps=int(row["worked_steps"]),
                 worked_seconds=float(row["worked"]),
+                slowest_save_seconds=float(row["slowest_save"]),
             )
             for index, row in enumerate(self._rows.copy())
         ]

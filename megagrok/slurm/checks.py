@@ -17,6 +17,7 @@ from megagrok.plan import check
 from megagrok.slurm.journal import newest_submission, read_journal
 from megagrok.slurm.queue import call, job_state
 from megagrok.slurm.script import Submission, render, word_problems
+from megagrok.train.attempt import generations, read_attempts
 from megagrok.train.files import RunFiles
 
 _DIRECTIVE = re.compile(r"^\s*#\s*SBATCH\b")
@@ -24,8 +25,6 @@ _OPTION = re.compile(r"^#SBATCH\s+--?(?P<name>[a-zA-Z][\w-]*)(?:[=\s]\s*(?P<valu
 # Slurm may send the warning up to a minute early or late, and a save under load takes longer than the last one.
 _SAVE_MARGIN = 2.0
 _TAIL_BYTES = 1 << 20
-# How megagrok/train/saving.py tells of a save; metrics.jsonl has only what is the same on every machine.
-_SAVED = re.compile(r"saved: held (?P<held>[\d.]+) s, written in (?P<written>[\d.]+) s")
 _NEWEST_STARTS = 3
 
 
@@ -178,12 +177,10 @@ def measure(files: RunFiles) -> Measured:
             continue
         if isinstance(record, dict) and isinstance(record.get("step_seconds"), float):
             steps.append(record["step_seconds"])
-    logs = sorted((files.root / "attempts").glob("*/rank-00000.log"))
-    saves = [
-        float(found["held"]) + float(found["written"])
-        for log in logs[-_NEWEST_STARTS:]
-        for found in _SAVED.finditer(_tail(log))
-    ]
+    starts = generations(files.root)[-_NEWEST_STARTS:]
+    # metrics.jsonl has only what is the same on every machine; how long a save took is in the pages of the nodes.
+    attempts = read_attempts(files.root, after=starts[0] - 1) if starts else []
+    saves = [attempt.slowest_save_seconds for attempt in attempts if attempt.slowest_save_seconds is not None]
     return Measured(step=statistics.median(steps) if steps else None, save=max(saves, default=None))
 
 

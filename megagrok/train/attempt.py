@@ -68,6 +68,8 @@ class NodePage:
     """When the page was written."""
     ranks: tuple[RankState, ...]
     ending: Ending | None
+    slowest_save_seconds: float | None = None
+    """Of this start, from the first copy to the commit; None while there was no save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,11 @@ class Attempt:
         """Newest step that any node knew to be saved."""
         saved = [page.ending.saved_step for page in self.nodes if page.ending is not None]
         return max((step for step in saved if step is not None), default=None)
+
+    @property
+    def slowest_save_seconds(self) -> float | None:
+        """Of all that any node knew of."""
+        return max((page.slowest_save_seconds for page in self.nodes if page.slowest_save_seconds), default=None)
 
     @property
     def furthest_step(self) -> int:

@@ -109,6 +109,7 @@ class Logbook:
             at=time.time(),
             ranks=tuple(ranks),
             ending=ending,
+            slowest_save_seconds=max((beat.slowest_save_seconds for beat in self._beats), default=0.0) or None,
         )
         try:
             write_page(self._root, page)

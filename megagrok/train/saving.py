@@ -83,7 +83,7 @@ class Save:
             return
         if outcome.is_in_place:
             self._last_saved, self._failures = outcome.step, 0
-            self._pulse.saved(outcome.step)
+            self._pulse.saved(outcome.step, outcome.held_seconds + outcome.write_seconds)
             self._say(_success(outcome))
             return
         self._failures += 1

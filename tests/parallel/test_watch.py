@@ -13,7 +13,7 @@ from megagrok.parallel.watch import Watch, is_waiting_at, phase_limits
 
 
 def beat(rank: int, steps: int, seconds: float) -> Beat:
-    return Beat(rank, "step", steps, steps, 0.0, None, steps, seconds)
+    return Beat(rank, "step", steps, steps, 0.0, None, steps, seconds, 0.0)
 
 
 def named(works: dict[int, float], peers: dict[int, int], *, steps: int, noise: float = 0.0) -> list[str]:

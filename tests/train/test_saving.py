@@ -1,6 +1,7 @@
 """A save that fails costs itself: the run goes on, says so, and ends only when too many have failed in a row."""
 
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from megagrok.errors import MachineError
 from megagrok.parallel.beats import Beats
 from megagrok.parallel.ranks import Alone, Ranks
 from megagrok.plan import total_params
+from megagrok.slurm.checks import measure
 from megagrok.train import room
+from megagrok.train.attempt import read_attempts
 from megagrok.train.files import RunFiles
 from megagrok.train.room import require_room
 from megagrok.train.saving import Save
 from megagrok.train.trainer import StepResult
 from tests.checkpoint.worlds import Meeting, StoppingDisk, ThreadRanks, find, read_all, run_world, small_file_system
 from tests.train.commands import lines, run, tensors
-from tests.train.conftest import CONFIGS
+from tests.train.conftest import CONFIGS, Untouched
 
 
 class Weights:
@@ -251,3 +254,23 @@ def test_a_pulse_says_that_it_saves_while_the_run_is_held(tmp_path: Path) -> Non
     assert seen == [("save", 2)] and beats.read()[0].phase == "step" and beats.read()[0].saved is None
     save.ensure(2)
     assert beats.read()[0].saved == 2 and np.isfinite(beats.read()[0].at)
+
+
+def test_the_page_of_a_start_has_the_slowest_of_the_saves_that_its_log_tells_of(untouched: Untouched) -> None:
+    (attempt,) = read_attempts(untouched.files.root)
+    said = untouched.done.out + untouched.done.err
+    told = [float(a) + float(b) for a, b in re.findall(r"saved: held ([\d.]+) s, written in ([\d.]+) s", said)]
+    assert len(told) > 1
+    # The log rounds both to hundredths.  Another rank's copy may have taken longer than rank 0's.
+    assert attempt.slowest_save_seconds is not None and attempt.slowest_save_seconds >= max(told) - 0.011
+    assert attempt.slowest_save_seconds < max(told) + 1.0
+    assert measure(untouched.files).save == attempt.slowest_save_seconds
+
+
+def test_a_checkpoint_that_was_found_is_no_save_that_took_time() -> None:
+    beats = Beats(0, 2)
+    beats.pulse(0).saved(4)
+    assert [beat.slowest_save_seconds for beat in beats.read()] == [0.0, 0.0]
+    for seconds in (1.5, 3.0, 2.0):
+        beats.pulse(1).saved(8, seconds)
+    assert [(beat.saved, beat.slowest_save_seconds) for beat in beats.read()] == [(4, 0.0), (8, 3.0)]
