@@ -65,7 +65,10 @@ def draw(scaling: "Scaling") -> bytes:
             axes.tick_params(axis="x", labelrotation=45)
         if any(rung.works for rungs in scaling.rungs.values() for rung in rungs):
             figure.axes[0].legend()
-        figure.supxlabel(f"GPUs ({scaling.machine.gpu.name}), {scaling.run.name}, estimates; crosses: a batch larger than any known to be of use", fontsize=9)
+        figure.supxlabel(
+            f"GPUs ({scaling.machine.gpu.name}), {scaling.run.name}, estimates; crosses: a batch larger than any known to be of use",
+            fontsize=9,
+        )
         file = io.BytesIO()
         # Without a date, or no two files would be the same.
         figure.savefig(file, format="svg", metadata={"Date": None})
