@@ -37,7 +37,8 @@ class Storages:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self._alive or not storage.nbytes():
+            # Tensors of the device "meta" have a size on paper only (DeepSpeed lays out its buckets with them).
+            if key in self._alive or not storage.nbytes() or tensor.device.type == "meta":
                 continue
             life = Storage(storage.nbytes(), self.moment, phase, is_head, is_backward)
             self._lives.append(life)
