@@ -44,6 +44,8 @@ def to_text(scaling: Scaling, picture: str = "") -> str:
     for kind, rungs in scaling.rungs.items():
         parts += [f"## {_TITLES[kind]}", _table(_columns(scaling), rungs), *_notes(rungs)]
     first = next(iter(scaling.rungs.values()))
+    if not scaling.searches and not any(rung.works for rungs in scaling.rungs.values() for rung in rungs):
+        parts.append("No size works in this layout. `--best` searches each size for one that does.")
     if any(rung.works for rung in first):
         parts += ["## Effective training time by failure rate", _RATES_TEXT, _rates(first)]
     return "\n\n".join([*parts, "## What this rests on", "\n".join(_basis(scaling))])

@@ -20,7 +20,8 @@ from megagrok.plan.scale_report import Scaling, to_json, to_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/run/pretrain-286b.yaml"
-GPU = find_gpu("h200")
+# Laws of scaling are not to depend on what fits today.
+GPU = replace(find_gpu("h200"), memory_bytes=2**42)
 MACHINE = Machine(GPU, 8, GPU.network_bandwidth)
 SIZES = ladder("8..131072")
 
@@ -177,6 +178,12 @@ def test_a_job_that_gets_nowhere_never_ends_and_has_no_bill(run) -> None:
     assert found["strong"][0].works.bill is None
     assert "never" in to_text(scaling(run, found))
     json.loads(to_json(scaling(run, found)), parse_constant=pytest.fail)
+
+
+def test_a_layout_that_works_at_no_size_leads_to_the_search_for_others(run, rungs) -> None:
+    nothing = {"strong": scale(run, MACHINE, [8], "strong", Assumptions())}
+    assert "--best" in to_text(scaling(run, nothing))
+    assert "--best" not in to_text(scaling(run, rungs))
 
 
 def test_the_same_numbers_draw_the_same_bytes(run, rungs) -> None:
