@@ -75,6 +75,7 @@ def test_the_written_file_is_the_winner_and_passes_check_on_as_many_ranks(tmp_pa
     arguments = [QUICK, "optimizer.lr=1.5e-3", "train.steps=177", "--gpus", "8", "--gpu", "h100", "--json"]
     page = json.loads(answer(capsys, *arguments, "--precision", "bf16", "--seq", "128", "--write", str(target)))
     assert main(["check", str(target), "--world", "8"]) == 0
+    capsys.readouterr()
     written, best = load_config(target).config, page["best"][0]["layout"]
     assert world_size(written.parallel) == 8
     for name in ("tensor", "sequence", "pipeline", "virtual_pipeline", "context", "expert", "data", "zero"):
