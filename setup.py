@@ -33,6 +33,9 @@ CORE = [
 # The two libraries below are pinned: tests name their lines and signatures, so an upgrade is a change of its own.
 ENGINE = ["megatron-core==0.16.1", "deepspeed==0.19.8"]
 
+# What `megagrok bench compare` races us against besides; it says so where they are missing.
+PEERS = ["transformers>=5"]
+
 # What tests and checks need besides.
 DEV = [
     "hypothesis>=6",
@@ -61,7 +64,8 @@ setup(
         # last two is listed: transformer-engine would be rebuilt, and the apex of PyPI is another project's.
         # Python 3.12 there has newer Megatron-core; docs/why/megatron-versions.md says what was read of it.
         "gpu": ["torch>=2.8", "megatron-core>=0.16.1,<0.20", "deepspeed==0.19.8"],
-        "dev": DEV,
+        "peers": PEERS,
+        "dev": [*DEV, *PEERS],
     },
     entry_points={"console_scripts": ["megagrok=megagrok.cli:main"]},
 )

@@ -26,8 +26,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpoint_page import write_page
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from train_step import describe_machine
 
+from megagrok.bench.machine import describe_machine
 from megagrok.checkpoint import AsyncSaver, Fragment, find_checkpoint, save_checkpoint
 from megagrok.errors import MegagrokError
 from megagrok.parallel.launch import run_ranks

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagrok.bench.choices import PEER_NAMES
 from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config, reference
 from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, DataError, MachineError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
@@ -418,6 +419,32 @@ def _submission(options: argparse.Namespace) -> "Submission":
     return read_submission(options.config, options.overrides, cluster_file(options.cluster))
 
 
+def run_bench(options: argparse.Namespace) -> int:
+    """Time the step of a run on this machine, and say where it goes."""
+    from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
+
+    drop_vain_warnings_on_cpu()
+    from megagrok.bench.command import Subject, bench
+    from megagrok.bench.measure import Request
+
+    subject = Subject(config=options.config, overrides=options.overrides, world=options.world)
+    asked = Request(steps=options.steps, warmup=options.warmup, routing=options.routing, data=options.data)
+    bench(subject, asked, options.json)
+    return 0
+
+
+def run_bench_compare(options: argparse.Namespace) -> int:
+    """Race the step of a run against its peers."""
+    from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
+
+    drop_vain_warnings_on_cpu()
+    from megagrok.bench.command import Subject, compare
+
+    subject = Subject(config=options.config, overrides=options.overrides, world=options.world)
+    compare(subject, options.peers, options.rounds, options.json)
+    return 0
+
+
 def run_drill(options: argparse.Namespace) -> int:
     """Hurt a small run in the ways that were asked for; 1 if it does not come out as the untouched one."""
     from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
@@ -604,6 +631,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=_count, metavar="N", help="checkpoint to use instead of the newest")
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--steps", type=_count, default=10, metavar="N", help="timed steps, and as many recorded ones")
+    parser.add_argument("--warmup", type=_count, default=3, metavar="N", help="steps before that do not count")
+    parser.add_argument("--routing", choices=("balanced", "natural"), default="natural", help="of tokens to experts")
+    parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic", help="random tokens or the run's")
+    _add_bench_ends(parser)
+
+
+def _add_bench_compare(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--peers", nargs="+", default=list(PEER_NAMES), metavar="PEER", help=", ".join(PEER_NAMES))
+    parser.add_argument("--rounds", type=_count, default=15, metavar="N", help="timed rounds, after two to warm up")
+    _add_bench_ends(parser)
+
+
+def _add_bench_ends(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=_count, metavar="N", help="ranks: as many data ranks as make that number")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, and a page beside it (.md)")
+
+
 def _add_drill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "faults", nargs="+", metavar="FAULT", help="kill, hang, slow, preempt, node-loss, corrupt, disk-full, nan; all"
@@ -681,6 +729,8 @@ COMMANDS = {
     "verify-layout": Command(
         "Prove on CPU ranks that no layout changes the maths of a run's model.", _add_verify_layout, run_verify_layout
     ),
+    "bench": Command("The step of a run on this machine: speed, and where it goes.", _add_bench, run_bench),
+    "bench compare": Command("The step of a run beside its peers.", _add_bench_compare, run_bench_compare),
     "drill": Command("Hurt a small run on purpose, and prove that it lost nothing.", _add_drill, run_drill),
     "explain": Command("What a setting means, and where its value comes from.", _add_explain, run_explain),
     "slurm render": Command("The job script of a run, checked.", _add_slurm_render, run_slurm_render),

@@ -87,14 +87,23 @@ def peak_flops_per_second(platform: Platform, precision: str) -> float:
     Raises MachineError for a GPU that is not in the table: a wrong peak would make every MFU a lie.
     """
     if not platform.is_cuda:
-        return _measure_matmul_flops()
+        return measure_matmul_flops(platform, "fp32")
     return gpu_of_device(torch.cuda.get_device_name(platform.device)).peak(precision)
 
 
-def _measure_matmul_flops(size: int = 512, seconds: float = 0.5) -> float:
-    a = torch.ones(size, size)
+def measure_matmul_flops(platform: Platform, precision: str, seconds: float = 0.5) -> float:
+    """FLOP/s that square matmuls reach on this rank over `seconds`, in fp32 or else in bf16.
+
+    Ranks that share a CPU's cores, or a node's power, call it at the same time: then it is what they can have at most.
+    """
+    size = 8192 if platform.is_cuda else 512
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a = torch.ones(size, size, device=platform.device, dtype=dtype)
+    a @ a
+    platform.wait()
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         a @ a
+        platform.wait()
         count += 1
-    return 2 * size**3 * count / elapsed
+    return float(2 * size**3 * count / elapsed)

@@ -18,13 +18,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = (
     "errors", "whole_file", "config", "plan", "platform", "parallel", "kernels", "model", "data", "checkpoint",
-    "engine", "telemetry", "train", "verify", "rehearse", "slurm", "drill", "lab", "specialise", "cli", "__main__",
+    "engine", "telemetry", "train", "verify", "rehearse", "bench", "slurm", "drill", "lab", "specialise", "cli", "__main__",
 )  # fmt: skip
 
 # A foreign name, and the modules that may use it (a module covers those below it).
 DOORS = {
-    "megatron": ("megagrok.parallel", "megagrok.model", "megagrok.engine"),
-    "deepspeed": ("megagrok.parallel", "megagrok.model.moe", "megagrok.engine"),
+    # The bench's peers are other users of these libraries, timed as such.
+    "megatron": ("megagrok.parallel", "megagrok.model", "megagrok.engine", "megagrok.bench.peers"),
+    "deepspeed": ("megagrok.parallel", "megagrok.model.moe", "megagrok.engine", "megagrok.bench.peers"),
+    "transformers": ("megagrok.bench.peers",),
     "transformer_engine": ("megagrok.model",),
     "triton": ("megagrok.kernels",),
     "wandb": ("megagrok.telemetry",),
@@ -276,12 +278,16 @@ def test_every_folder_of_the_house_is_a_package_that_an_installation_takes_along
 
 
 def test_setup_lists_the_libraries_that_are_imported_and_no_others() -> None:
-    imported, listed = imported_distributions(HOUSE), listed_distributions("CORE", "ENGINE") | {"torch"}
+    imported, listed = imported_distributions(HOUSE), listed_distributions("CORE", "ENGINE", "PEERS") | {"torch"}
     assert imported == listed, f"not listed: {sorted(imported - listed)}; not imported: {sorted(listed - imported)}"
 
 
 def test_setup_lists_what_the_tests_import() -> None:
-    unlisted = imported_distributions(SOURCES) - listed_distributions("CORE", "ENGINE", "DEV") - {"torch", "setuptools"}
+    unlisted = (
+        imported_distributions(SOURCES)
+        - listed_distributions("CORE", "ENGINE", "PEERS", "DEV")
+        - {"torch", "setuptools"}
+    )
     assert not unlisted, f"not in setup.py: {sorted(unlisted)}"
 
 
@@ -340,6 +346,7 @@ PLANTED = [
     (strangers, "megagrok.train.x", "import megatron.core"),
     (strangers, "megagrok.data.x", "from megatron import core"),
     (strangers, "megagrok.model.x", "from deepspeed.moe import layer"),
+    (strangers, "megagrok.bench.x", "import transformers"),
     (strangers, "megagrok.engine.x", "import torch\ntorch.cuda.is_available()"),
     (strangers, "megagrok.engine.x", "from torch import cuda as seam"),
     (strangers, "megagrok.telemetry.x", "import os\nkey = os.environ['KEY']"),

@@ -10,10 +10,10 @@ either library's own), and three names that its modules look up (see `_meet_the_
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from contenders import count_parameters
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -23,10 +23,10 @@ from megatron.core.transformer.moe import moe_utils, router
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 
+from megagrok.bench.peers.contender import count_parameters, not_finite
 from megagrok.config import RunConfig
 from megagrok.data.batches import Batch
 from megagrok.engine.gradients import global_norm, sum_over_tensor_ranks
-from megagrok.errors import NonFiniteError
 from megagrok.model.norm import RMSNorm
 from megagrok.model.parts import LocalParameter
 from megagrok.model.transformer_config import GrokTransformerConfig, make_transformer_config
@@ -51,13 +51,14 @@ class MegatronStep:
         self._adamw = _make_adamw(self._parameters, run)
 
     def step(self, batch: Batch, lr: float) -> float:
+        """See Contender."""
         num_tokens = batch.labels_MBS.numel() * self._groups.topology.data
         self._config.grad_scale_func = lambda loss: loss / num_tokens
         loss = self._forward_backward(batch) / num_tokens
         self._reduce_gradients()
         norm = float(global_norm(self._parameters, self._groups, _gradient_of))
         if not norm < float("inf"):
-            raise NonFiniteError(f"{self.name}: the gradient is not finite, so its step cannot be timed")
+            raise not_finite(self.name)
         if 0 < self._run.optimizer.clip_norm < norm:
             coefficient = self._run.optimizer.clip_norm / norm
             torch._foreach_mul_([_gradient_of(item.parameter) for item in self._parameters], coefficient)
@@ -113,16 +114,16 @@ def _meet_the_cpu(platform: Platform) -> None:
 def _own_moe_config(run: RunConfig, groups: ProcessGroups, platform: Platform) -> GrokTransformerConfig:
     """megagrok's translation plus the settings that Megatron's own MoE layer reads."""
     moe = run.model.moe
-    return replace(
-        make_transformer_config(run, groups, platform),
-        perform_initialization=True,
-        moe_token_dispatcher_type="allgather",  # alltoall waits on CUDA streams
-        moe_router_pre_softmax=True,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none" if moe.balance_loss == "none" else "aux_loss",
-        moe_aux_loss_coeff=moe.balance_coefficient,
-        moe_z_loss_coeff=moe.z_loss_coefficient,
-    )
+    settings: dict[str, Any] = {
+        "perform_initialization": True,
+        "moe_token_dispatcher_type": "allgather",  # alltoall waits on CUDA streams
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none" if moe.balance_loss == "none" else "aux_loss",
+        "moe_aux_loss_coeff": moe.balance_coefficient,
+        "moe_z_loss_coeff": moe.z_loss_coefficient,
+    }
+    return replace(make_transformer_config(run, groups, platform), **settings)
 
 
 def _build(config: GrokTransformerConfig, run: RunConfig, groups: ProcessGroups) -> GPTModel:

@@ -1,13 +1,9 @@
-"""Contenders of train_step.py: one training step each, on the same ranks, with the same groups, sizes and batches.
+"""Contender: megagrok's engine and model with DeepSpeed's stock MoE layer, which keeps every token, in each mlp slot.
 
-Not a second trainer: `MegagrokStep` is the engine as it is, and `StockMoeStep` is the same engine around the same model
-in which DeepSpeed's stock MoE layer stands where GrokMoE stood, with the same first values. Megatron-core's own model
-is in megatron_gpt.py.
+The same first values; with the same router settings the same losses.
 """
 
 # s this rank's positions, b micro-batch, T = s * b tokens, D hidden, F expert width, E experts
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,46 +12,17 @@ from deepspeed.utils import groups as deepspeed_groups
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
+from megagrok.bench.peers.contender import count_parameters, engine_step
 from megagrok.config import RunConfig
 from megagrok.data.batches import Batch
-from megagrok.engine.engine import Engine, build_engine
-from megagrok.errors import NonFiniteError
+from megagrok.engine.engine import Engine
 from megagrok.model.grok import GrokModel
 from megagrok.model.moe.layer import RouterTotals
 from megagrok.model.names import parameter_shapes
 from megagrok.model.parts import LocalParameter, Part, fill_initial_values, local_parameters
 from megagrok.model.transformer_config import GrokTransformerConfig, make_transformer_config
 from megagrok.parallel.groups import Mpu, ProcessGroups
-from megagrok.plan import total_params
 from megagrok.platform import Platform
-
-
-class Contender(Protocol):
-    """One way to train. Making one and calling `step` are collective over all ranks."""
-
-    name: str
-    num_params: int
-    """Parameters of the whole model."""
-
-    def step(self, batch: Batch, lr: float) -> float:
-        """Forward, backward, clip, update; returns the mean loss over the step's tokens, equal on all ranks.
-
-        Raises NonFiniteError if the gradient is not finite.
-        """
-        ...
-
-
-class MegagrokStep:
-    """The training step that `megagrok train` takes."""
-
-    name = "megagrok"
-
-    def __init__(self, run: RunConfig, groups: ProcessGroups, platform: Platform) -> None:
-        self.num_params = total_params(run.model)
-        self._engine = build_engine(run, groups, platform)
-
-    def step(self, batch: Batch, lr: float) -> float:
-        return engine_step(self._engine, batch, lr, self.name)
 
 
 class StockMoeStep:
@@ -77,28 +44,8 @@ class StockMoeStep:
         deepspeed_groups.mpu = _TokensOfTheirOwn(groups)
 
     def step(self, batch: Batch, lr: float) -> float:
+        """See Contender."""
         return engine_step(self._engine, batch, lr, self.name)
-
-
-def engine_step(engine: Engine, batch: Batch, lr: float, name: str) -> float:
-    """One step of an engine. Raises NonFiniteError."""
-    totals = engine.forward_backward(batch)
-    if not engine.update(lr).is_applied:
-        raise NonFiniteError(f"{name}: the gradient is not finite, so its step cannot be timed")
-    return totals.ce_sum / totals.num_tokens
-
-
-def count_parameters(parameters: list[LocalParameter], groups: ProcessGroups) -> int:
-    """Parameters of the whole model, each counted on one of the ranks that hold it. Collective over all ranks."""
-    place = groups.coordinates
-    mine = 0
-    for item in parameters:
-        is_first_replica = place.expert_data == 0 if item.is_expert else place.data == place.context == 0
-        if is_first_replica and not (item.is_replicated_over_tensor and place.tensor > 0):
-            mine += item.parameter.numel()
-    count = torch.tensor(mine)
-    torch.distributed.all_reduce(count)
-    return int(count)
 
 
 class _TokensOfTheirOwn(Mpu):
@@ -122,7 +69,8 @@ class _Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate="tanh") * up)
+        down: Tensor = self.down(F.gelu(gate, approximate="tanh") * up)
+        return down
 
 
 class _Load(nn.Module):

@@ -1,0 +1,1 @@
+"""What a training step really costs on the machine at hand: its speed, where every instant of it went, its peers."""
