@@ -29,10 +29,10 @@ EVEN = Skew(0.0, 0.0)
 
 
 @lru_cache(maxsize=4096)
-def skew(experts: int, top_k: int, expert_ranks: int, choices: float, layers: int = 1) -> Skew:
+def skew(experts: int, top_k: int, expert_ranks: int, choices: float) -> Skew:
     """Of a group of `expert_ranks` that share `experts` out and route `choices` (tokens x top_k) in one micro-batch.
 
-    layers: the mean over so many layers, whose skews are independent, for what a rank keeps of all of them.
+    Layers are skewed independently: over n of them together the skew is 1 / sqrt(n) of it.
     """
     if expert_ranks == 1:
         return EVEN
@@ -40,7 +40,7 @@ def skew(experts: int, top_k: int, expert_ranks: int, choices: float, layers: in
     share = 1 / expert_ranks
     sampling = (1 - share) / (choices * share)
     habit = EXPERT_SPREAD**2 / local * (1 - share)
-    spread = math.sqrt((sampling + habit) / layers)
+    spread = math.sqrt(sampling + habit)
     # No rank gets more than all of its experts can: each token visits an expert once.
     most = min(expert_ranks, experts / top_k) - 1
     p50, p99 = (min(most, spread * _largest_of(expert_ranks, quantile)) for quantile in (0.5, 0.99))

@@ -7,6 +7,7 @@ over the context * data ranks that hold the same dense weights, and expert state
 (expert * expert_tensor) ranks that hold the same experts.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -53,11 +54,8 @@ def state_bytes(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
 
     The layout has to be one that `megagrok.plan.check` accepts.
     """
-    shape, layout = Shape.of(model), Layout.of_state(parallel, precision)
-    return tuple(
-        state_of(held_params(shape, layout.tensor, layout.pipeline, layout.expert, 1, stage), layout, MEGAGROK)
-        for stage in range(parallel.pipeline)
-    )
+    layout = Layout.of_state(parallel, precision)
+    return tuple(state_of(stage_params(model, parallel, stage), layout, MEGAGROK) for stage in range(parallel.pipeline))
 
 
 def stage_params(model: ModelConfig, parallel: ParallelConfig, stage: int) -> RankParams:
@@ -65,12 +63,15 @@ def stage_params(model: ModelConfig, parallel: ParallelConfig, stage: int) -> Ra
     return held_params(Shape.of(model), parallel.tensor, parallel.pipeline, parallel.expert, 1, stage)
 
 
-@lru_cache(maxsize=4096)
-def held_params(
-    shape: Shape, tensor: int, pipeline: int, expert: int, expert_tensor: int, stage: int
+def held_params(shape: Shape, tensor: int, pipeline: int, expert: int, expert_tensor: int, stage: int) -> RankParams:
+    """Parameters on each rank of a stage, for any shape, of a trainer that places layers evenly."""
+    return params_of_layers(shape, tensor, pipeline, expert, expert_tensor, stage_layers(shape, pipeline, stage), stage)
+
+
+def params_of_layers(
+    shape: Shape, tensor: int, pipeline: int, expert: int, expert_tensor: int, layers: StageLayers, stage: int
 ) -> RankParams:
-    """Parameters on each rank of a stage, for any shape; where layers do not divide, early stages have one more."""
-    layers = stage_layers(shape, pipeline, stage)
+    """Parameters on each rank of a stage that has these layers, for any shape."""
     mlp = shape.ffn_matrices * shape.hidden
     # Four norms, as Grok has them; other models have two, a difference of one part in ten thousand.
     every_layer = shape.attention_params // tensor + 4 * shape.hidden
@@ -89,14 +90,39 @@ def held_params(
 
 
 @lru_cache(maxsize=4096)
+def pipeline_layers(shape: Shape, pipeline: int, evens_stages: bool) -> tuple[StageLayers, ...]:
+    """Layers of each stage. Dense ones come first in a model. Where layers do not divide, early stages have one more.
+
+    evens_stages: layers are placed as if embedding and head were layers too, each worth its parameters, until a stage
+    has its share (nanotron, pipeline_parallel/block.py and trainer.py); the head then costs its stage some layers.
+    """
+    if evens_stages and pipeline > 1:
+        params = total_shape_params(shape)
+        head = shape.vocab * shape.hidden
+        share = (params - head) / pipeline
+        layer = (params - 2 * head) / shape.layers
+        ends = [min(shape.layers, math.ceil(share * stage / layer)) for stage in range(1, pipeline)]
+    else:
+        each, more = divmod(shape.layers, pipeline)
+        ends = [each * stage + min(stage, more) for stage in range(1, pipeline)]
+    num_dense = shape.dense_layers if shape.experts else shape.layers
+    layers = []
+    for first, end in zip([0, *ends], [*ends, shape.layers], strict=True):
+        dense = min(max(num_dense - first, 0), end - first)
+        layers.append(StageLayers(dense, end - first - dense))
+    return tuple(layers)
+
+
 def stage_layers(shape: Shape, pipeline: int, stage: int) -> StageLayers:
-    """Layers of a stage. Dense ones come first in a model; early stages have one more where layers do not divide."""
-    share, more = divmod(shape.layers, pipeline)
-    first = stage * share + min(stage, more)
-    count = share + (stage < more)
-    num_dense = shape.layers if not shape.experts else shape.dense_layers
-    dense = min(max(num_dense - first, 0), count)
-    return StageLayers(dense, count - dense)
+    """Layers of one stage of a trainer that places them evenly."""
+    return pipeline_layers(shape, pipeline, False)[stage]
+
+
+def total_shape_params(shape: Shape) -> int:
+    """All parameters of a shape, its embedding and its head counted separately."""
+    (layers,) = pipeline_layers(shape, 1, False)
+    params = params_of_layers(shape, 1, 1, 1, 1, layers, 0)
+    return params.dense + params.expert + (shape.vocab * shape.hidden if shape.tied else 0)
 
 
 def state_of(params: RankParams, layout: Layout, habits: Habits) -> StateBytes:

@@ -159,6 +159,8 @@ class Habits:
     routing: Literal["balanced", "natural"]
     gradient_bytes: int = 4
     """Of one parameter, all copies that stay through the step: fp32 sums, and bf16 gradients that stay beside them."""
+    gathers_aside: bool = False
+    """Under ZeRO, updated weights are gathered in a buffer of their own before they are copied in."""
 
 
 MEGAGROK = Habits("scores", "loop", False, False, "all_to_all", False, False, False, False, False, True, "natural")
