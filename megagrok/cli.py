@@ -445,6 +445,23 @@ def run_bench_compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_rehearse(options: argparse.Namespace) -> int:
+    """Walk one step of a rank of the whole job here, and hold the plan against it; 1 if the plan is off."""
+    from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
+
+    loaded = decode_config(options.config, options.overrides)
+    require_runnable(loaded, options.world)
+    drop_vain_warnings_on_cpu()
+    from megagrok.rehearse import rehearse
+    from megagrok.rehearse.against_plan import against_plan
+    from megagrok.rehearse.report import to_json, to_text
+
+    found = rehearse(loaded.config, options.rank, fullest=options.load)
+    rows = [] if options.load is not None else against_plan(loaded.config, found)
+    print((to_json if options.json else to_text)(loaded.config.name, found, rows))
+    return int(not all(row.holds for row in rows))
+
+
 def run_drill(options: argparse.Namespace) -> int:
     """Hurt a small run in the ways that were asked for; 1 if it does not come out as the untouched one."""
     from megagrok.parallel.quiet import drop_vain_warnings_on_cpu
@@ -499,6 +516,10 @@ def _above_zero(text: str) -> float:
 
 def _tokens(text: str) -> int:
     return int(_above_zero(text))
+
+
+def _share(text: str) -> float | None:
+    return None if text == "balanced" else float(text)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -652,6 +673,16 @@ def _add_bench_ends(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, and a page beside it (.md)")
 
 
+def _add_rehearse(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--world", type=_count, metavar="N", help="ranks of the job, which the layout has to ask for")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank to walk; 0 if not given")
+    parser.add_argument(
+        "--load", type=_share, metavar="SHARE", help="balanced, or the share of all choices that one expert gets"
+    )
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+
+
 def _add_drill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "faults", nargs="+", metavar="FAULT", help="kill, hang, slow, preempt, node-loss, corrupt, disk-full, nan; all"
@@ -731,6 +762,11 @@ COMMANDS = {
     ),
     "bench": Command("The step of a run on this machine: speed, and where it goes.", _add_bench, run_bench),
     "bench compare": Command("The step of a run beside its peers.", _add_bench_compare, run_bench_compare),
+    "rehearse": Command(
+        "Walk one step of any rank of the whole job on this machine: bytes, messages, FLOPs.",
+        _add_rehearse,
+        run_rehearse,
+    ),
     "drill": Command("Hurt a small run on purpose, and prove that it lost nothing.", _add_drill, run_drill),
     "explain": Command("What a setting means, and where its value comes from.", _add_explain, run_explain),
     "slurm render": Command("The job script of a run, checked.", _add_slurm_render, run_slurm_render),

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from megagrok.model.grok import GrokModel
+from megagrok.model.moe.router import Routing
 from megagrok.model.spec import GrokLayer
 from megagrok.rehearse.collectives import Collectives
 from megagrok.rehearse.known import NOT_HERE, KnownNumbers
@@ -44,6 +45,8 @@ class Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
+        if func.namespace == "prim":  # a fake tensor is asked for its device, which is no work
+            return func(*args, **options)
         result = NOT_HERE if self._numbers is None else self._numbers.answer(func, args, options)
         if result is NOT_HERE:
             result = func(*args, **options)
@@ -114,7 +117,8 @@ class Observer(TorchDispatchMode):
         if isinstance(module, GrokModel):
             self.forward_ends.append(self.storages.moment)
             self._is_head_backward = module.post_process
-        self._note_shape(module, output)
+        if not (inputs and output is inputs[0]):  # Megatron's empty slots hand on what they get
+            self._note_shape(module, output)
 
     def _reach_layers(self, _gradient: Tensor) -> None:
         self._is_head_backward = False
@@ -124,7 +128,8 @@ class Observer(TorchDispatchMode):
         layer = next((outer for outer in [*self._modules, module] if isinstance(outer, GrokLayer)), None)
         self._layer = layer if self._layer is None else self._layer
         name = None if layer is None or layer is not self._layer else self._names_in(layer).get(module)
-        tensor = output[0] if isinstance(output, tuple) else output
+        tensor = output.experts_TK if isinstance(output, Routing) else output
+        tensor = output[0] if isinstance(output, tuple) else tensor
         if name is not None and isinstance(tensor, Tensor) and name not in self._shapes:
             weights = tuple(tuple(weight.shape) for weight in module.parameters(recurse=False))
             self._shapes[name] = LayerShape(name, weights, tuple(tensor.shape))

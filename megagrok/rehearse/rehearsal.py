@@ -1,6 +1,6 @@
 """What a rehearsal found: bytes at the peaks, messages, operations. Plain values, no torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 Direction = Literal["forward", "backward", "recompute"]
@@ -25,7 +25,12 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it: what torch counts as allocated."""
-        return sum(int(getattr(self, part.name)) for part in fields(self))
+        return sum(astuple(self))
+
+    @property
+    def working(self) -> int:
+        """What forward and backward passes need beside the state; Megatron's buffer for gathered tokens too."""
+        return self.activations + self.transient + self.logits + self.communication
 
 
 @dataclass(frozen=True, slots=True)

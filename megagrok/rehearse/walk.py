@@ -46,11 +46,12 @@ def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None) -> Rehe
     return rehearsal
 
 
-def micro_batches_to_walk(run: RunConfig) -> int:
-    """As few as fill the schedule of every stage, and no more than the step has. One after the other needs as many as
-    there are stages; interleaved chunks need twice that, and a multiple of it."""
+def micro_batches_to_walk(run: RunConfig, stage: int) -> int:
+    """As few as bring as many into flight on that stage as ever are, and no more than the step has. Interleaved chunks
+    go round in runs of as many micro-batches as there are stages, and fill the first stage in the second run."""
     pipeline, chunks = run.parallel.pipeline, run.parallel.virtual_pipeline
-    return min(num_micro_batches(run, run.train.global_batch), 2 * pipeline if chunks > 1 else pipeline + 1)
+    needed = 2 * pipeline if chunks > 1 else max(2, pipeline - stage + 1)
+    return min(num_micro_batches(run, run.train.global_batch), needed)
 
 
 def _unread(_rank: int) -> Path:
@@ -62,8 +63,7 @@ def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
     """In the forked process."""
     started = time.perf_counter()
     topology = Topology.of(run.parallel)
-    walked, replaced = _as_rehearsed(run, load)
-    micro_batches = micro_batches_to_walk(run)
+    micro_batches = micro_batches_to_walk(run, topology.coordinates(rank).pipeline)
     with pretended_peers(rank, topology.world_size):
         groups = make_groups(
             topology,
@@ -74,7 +74,7 @@ def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
         collectives = Collectives(kinds_of_groups(groups))
         observer = Observer(collectives, KnownNumbers(load))
         with pretended_tensors(), observer.watching():
-            moments = _take_step(walked, groups, observer, micro_batches)
+            moments = _take_step(as_walked(run), groups, observer, micro_batches)
         return Rehearsal(
             rank=rank,
             world_size=topology.world_size,
@@ -86,7 +86,7 @@ def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
             flops=observer.flops(micro_batches),
             shapes=observer.shapes(),
             seconds=time.perf_counter() - started,
-            replaced=replaced,
+            replaced=_replaced(run, load),
         )
 
 
@@ -174,17 +174,20 @@ class _Standing:
         return end is not None and (storage.died is None or storage.died > end + 1)
 
 
-def _as_rehearsed(run: RunConfig, load: Load) -> tuple[RunConfig, tuple[str, ...]]:
-    """The run as it can be walked here, and what is not as it will be."""
-    replaced = [
-        f"token counts of the experts: {load}",
+def as_walked(run: RunConfig) -> RunConfig:
+    """The run as it can be walked here: bf16 in the place of fp8."""
+    return replace(run, train=replace(run.train, precision="bf16")) if run.train.precision == "fp8" else run
+
+
+def _replaced(run: RunConfig, load: Load) -> tuple[str, ...]:
+    sentences = [
+        f"token counts of the experts: {load}; all ranks route alike",
         "losses and norms: 1, so that the step is finite and taken",
-        "collectives: answered at once; no bytes are sent",
-        "device: the CPU's code path (no CUDA context, no allocator, no rounding of sizes, no NCCL buffers)",
+        "collectives: answered at once; no bytes are sent, and nothing waits",
+        "device: the code's way on a CPU; no CUDA context, no rounding of sizes and no slack of an allocator, no NCCL",
     ]
     if run.train.precision == "fp8":
-        run = replace(run, train=replace(run.train, precision="bf16"))
-        replaced.append(
-            "fp8: Megatron's own linears in bf16 in the place of Transformer Engine's; its casts are not seen"
+        sentences.append(
+            "fp8: Megatron's linears in bf16 for Transformer Engine's; casts and their copies are not seen"
         )
-    return run, tuple(replaced)
+    return tuple(sentences)
