@@ -12,7 +12,7 @@ from megagrok.plan.run_file import run_file
 
 CONFIG = Path("configs/run/pretrain-286b.yaml")
 PAGE = Path("docs/plan/grok2-286b.md")
-RUNS = Path("docs/plan/runs")
+RUNS = Path("docs/plan/winners")
 GPU = "h100"
 SIZES = (64, 512, 1024, 4096)
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8")
@@ -36,24 +36,14 @@ def main() -> None:
 
 def page(proposals: dict[tuple[int, Precision], Proposal]) -> str:
     """The whole page."""
-    heads = (
-        "GPUs",
-        "precision",
-        "best layout",
-        "peak GiB",
-        "step s",
-        "MFU %",
-        "tokens/day",
-        "days to 15 T",
-        "GPU-hours",
-    )
+    heads = "GPUs | precision | best layout | peak GiB | step s | MFU % | tokens/day | days to 15 T | GPU-hours"
     lines = [
         "# Plans for the 286 B model on H100s",
         "",
         "Predictions of `megagrok plan configs/run/pretrain-286b.yaml --gpus N --gpu h100 --precision P`: nothing here",
         "was measured. [README.md](README.md) says how to read it, [validation.md](validation.md) how far such",
         "predictions were off. Made by `python -m benchmarks.plan_tables`, which also writes the winners as run files",
-        "into [runs](runs).",
+        "into [winners](winners).",
         "",
         f"| {heads} |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -77,7 +67,7 @@ def _row(gpus: int, precision: Precision, proposal: Proposal) -> str:
     cells = (
         f"{gpus:,}",
         precision,
-        f"[{layout_words(best.layout)}](runs/{_run_path(gpus, precision).name})",
+        f"[{layout_words(best.layout)}](winners/{_run_path(gpus, precision).name})",
         f"{best.peak_bytes / GIB:.1f}",
         f"{best.seconds.total:.1f}",
         f"{100 * best.mfu:.1f}",

@@ -24,11 +24,12 @@ from megagrok.config.schema import Precision
 from megagrok.errors import ConfigError, TopologyError
 from megagrok.plan.batch import total_samples
 from megagrok.plan.calibration import Calibration, read_calibration
+from megagrok.plan.check import check
 from megagrok.plan.describe import MODEL_FILE_SEQ_LEN
-from megagrok.plan.estimate import Machine
+from megagrok.plan.estimate import Machine, StepSeconds
 from megagrok.plan.gpus import GPUS, find_gpu
 from megagrok.plan.price import Bill, bill
-from megagrok.plan.search import Found, fewest_that_fit, nearest_worlds, search
+from megagrok.plan.search import Candidate, Found, fewest_that_fit, nearest_worlds, priced, search
 from megagrok.plan.space import unalterable
 
 MODEL_FILE_TOKENS = 2**24
@@ -67,6 +68,8 @@ class Proposal:
     machine: Machine
     precisions: tuple[Precision, ...]
     found: Found
+    own: Candidate | None
+    """The layout of the file, where it is one for as many GPUs and `check` accepts it; it may not fit."""
     calibration: Calibration | None
     bill: Bill | None
     """Of the first of found.best; None if nothing fits or nothing says how many tokens."""
@@ -86,14 +89,11 @@ def propose(request: Request) -> Proposal:
                 f"--precision {precision}, needs FP8 units; {machine.gpu.name} has none. Fix: --precision bf16."
             )
     raise_problems(unalterable(run), str(request.config))
-    found = search(
-        run,
-        request.gpus,
-        machine,
-        precisions,
-        top=request.top,
-        correct=lambda seconds: seconds if calibration is None else calibration.correct(seconds),
-    )
+
+    def correct(seconds: StepSeconds) -> StepSeconds:
+        return seconds if calibration is None else calibration.correct(seconds)
+
+    found = search(run, request.gpus, machine, precisions, top=request.top, correct=correct)
     if not found.legal:
         raise _no_layout(run, request, precisions)
     return Proposal(
@@ -103,6 +103,7 @@ def propose(request: Request) -> Proposal:
         machine=machine,
         precisions=precisions,
         found=found,
+        own=None if is_model_file(request.config) or check(run, request.gpus) else priced(run, machine, correct),
         calibration=calibration,
         bill=_bill(request, run, machine, found),
         enough_gpus=None if found.best else fewest_that_fit(run, request.gpus, machine, precisions),

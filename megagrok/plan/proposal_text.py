@@ -65,6 +65,7 @@ def to_dict(proposal: Proposal) -> dict[str, Any]:
             "larger_still": found.larger_still,
         },
         "best": [_candidate_dict(candidate) for candidate in found.best],
+        "own": None if proposal.own is None else _candidate_dict(proposal.own),
         "nearest": None if found.nearest is None else _candidate_dict(found.nearest),
         "enough_gpus": proposal.enough_gpus,
         "larger_gpus": list(proposal.larger_gpus),
@@ -141,7 +142,7 @@ def _answer(proposal: Proposal) -> Iterator[str]:
     if not found.best:
         yield _nothing_fits(proposal)
         return
-    yield table(found.best, proposal.machine.gpu.memory_bytes)
+    yield table(found.best, proposal.machine.gpu.memory_bytes, proposal.own)
     yield "\n".join(_convention(proposal))
     yield "\n".join(_comparison(found.best))
     yield _stages_table("Memory of the first, fullest rank of each stage, GiB:", found.best[0].estimate.stages)
@@ -153,10 +154,12 @@ def _answer(proposal: Proposal) -> Iterator[str]:
         yield f"To train the first (--write FILE saves it; base is relative to the file's folder):\n\n{text.rstrip()}"
 
 
-def table(candidates: Sequence[Candidate], memory_bytes: int) -> str:
-    """A row for each, in the order given."""
+def table(candidates: Sequence[Candidate], memory_bytes: int, own: Candidate | None = None) -> str:
+    """A row for each, in the order given, and one for the file's own layout."""
     rows: list[tuple[str, ...]] = [TABLE_HEAD]
     rows += [(str(i), *_row(candidate.estimate, memory_bytes)) for i, candidate in enumerate(candidates, start=1)]
+    if own is not None:
+        rows.append(("file", *_row(own.estimate, memory_bytes)))
     return _aligned(rows)
 
 
@@ -178,6 +181,8 @@ def _convention(proposal: Proposal) -> Iterator[str]:
     peaks = " and ".join(f"{gpu.peak(precision) / 1e12:g} TFLOP/s ({precision})" for precision in proposal.precisions)
     yield f"MFU: {CONVENTION}; over a dense peak of {peaks} per {gpu.name}. HFU counts what is computed again too."
     yield f"Peak and memory of {gpu.name}: {gpu.source}."
+    if proposal.own is not None:
+        yield "file: the layout that the file has itself; it does not fit if it has less than nothing free."
     yield "Memory: fullest rank, 99th percentile of routing skew, reserve of CUDA and of the allocator included."
 
 

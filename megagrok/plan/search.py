@@ -5,7 +5,8 @@ counted: micro-batches above one that does not fit, because a larger micro-batch
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 
 from megagrok.config.schema import Precision, RunConfig
 from megagrok.plan.estimate import Estimate, Machine, StageBytes, StepSeconds, estimate
@@ -14,9 +15,14 @@ from megagrok.plan.space import RECOMPUTES, families
 from megagrok.plan.stage_memory import stage_memory
 from megagrok.plan.step_time import step_seconds
 
+_numbers = attrgetter(*(field.name for field in fields(Layout)))
 FARTHEST_MULTIPLE = 64
 """Of the GPUs asked for, up to which a number that works is looked for where none does."""
 Correction = Callable[[StepSeconds], StepSeconds]
+
+
+def _as_it_is(seconds: StepSeconds) -> StepSeconds:
+    return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ def search(
     precisions: Sequence[Precision],
     *,
     top: int,
-    correct: Correction = lambda seconds: seconds,
+    correct: Correction = _as_it_is,
     habits: Habits = MEGAGROK,
 ) -> Found:
     """The `top` fastest layouts of `config` on `world_size` GPUs; the same input gives the same order.
@@ -59,7 +65,7 @@ def search(
     """
     shape, limit = Shape.of(config.model), machine.gpu.memory_bytes
     legal = too_large = larger_still = 0
-    priced: list[tuple[tuple[object, ...], RunConfig, Layout]] = []
+    fitting: list[tuple[tuple[object, ...], RunConfig, Layout]] = []
     smallest: tuple[tuple[object, ...], RunConfig, Layout] | None = None
     for family in families(config, world_size, precisions):
         for recompute in RECOMPUTES:
@@ -68,19 +74,24 @@ def search(
                 peak = _peak(stage_memory(shape, layout, habits))
                 if peak <= limit:
                     seconds = correct(step_seconds(shape, layout, machine, habits)).total
-                    priced.append(((seconds, peak, astuple(layout)), run, layout))
+                    fitting.append(((seconds, peak, _numbers(layout)), run, layout))
                     continue
-                rank = (peak, astuple(layout))
-                if not priced and (smallest is None or rank < smallest[0]):
+                rank = (peak, _numbers(layout))
+                if not fitting and (smallest is None or rank < smallest[0]):
                     smallest = rank, run, layout
                 too_large += 1
                 larger_still += len(family) - i - 1
                 break
             legal += len(family)
-    priced.sort(key=lambda entry: entry[0])
-    chosen = [_candidate(run, layout, machine, correct, habits) for _, run, layout in priced[:top]]
-    nearest = _candidate(*smallest[1:], machine, correct, habits) if smallest is not None and not priced else None
-    return Found(tuple(chosen), legal, len(priced), too_large, larger_still, nearest)
+    fitting.sort(key=lambda entry: entry[0])
+    chosen = [_candidate(run, layout, machine, correct, habits) for _, run, layout in fitting[:top]]
+    nearest = _candidate(*smallest[1:], machine, correct, habits) if smallest is not None and not fitting else None
+    return Found(tuple(chosen), legal, len(fitting), too_large, larger_still, nearest)
+
+
+def priced(run: RunConfig, machine: Machine, correct: Correction = _as_it_is, habits: Habits = MEGAGROK) -> Candidate:
+    """The layout that a run has, whether it fits or not. It has to be one that `check` accepts."""
+    return _candidate(run, Layout.of(run), machine, correct, habits)
 
 
 def fits(config: RunConfig, world_size: int, machine: Machine, precisions: Sequence[Precision]) -> bool:

@@ -1,6 +1,7 @@
 """`megagrok plan` answers for a run or a model, keeps its tokens, writes what trains, and refuses in clear words."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from megagrok.plan import CONVENTION, world_size
 from megagrok.plan.estimate import StepSeconds
 from megagrok.plan.proposal import with_seq_len
 from megagrok.plan.proposal_text import differences
+from megagrok.plan.shape import Layout
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY, QUICK = str(CONFIGS / "run" / "tiny.yaml"), str(CONFIGS / "run" / "quickstart.yaml")
 LARGE = str(CONFIGS / "run" / "pretrain-286b.yaml")
+PLANS = sorted((CONFIGS.parent / "docs" / "plan" / "winners").glob("*.yaml"))
 PRETRAIN = load_config(Path(LARGE)).config
 
 
@@ -93,6 +96,19 @@ def vars_of(section: object) -> dict[str, object]:
     return {name: getattr(section, name) for name in type(section).__dataclass_fields__}  # type: ignore[attr-defined]
 
 
+def test_the_file_s_own_layout_is_priced_beside_the_best_where_it_is_one_for_as_many_gpus(capsys) -> None:
+    run = load_config(Path(QUICK)).config
+    page = json.loads(answer(capsys, QUICK, "--gpus", str(world_size(run.parallel)), "--gpu", "h100", "--json"))
+    assert page["own"]["layout"] == asdict(Layout.of(run))
+    assert page["own"]["seconds"]["total"] >= page["best"][0]["seconds"]["total"]
+    assert json.loads(answer(capsys, QUICK, "--gpus", "16", "--gpu", "h100", "--json"))["own"] is None
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_plan_of_the_docs_passes_check_on_as_many_ranks_as_its_name_says(path: Path, capsys) -> None:
+    assert main(["check", str(path), "--world", path.stem.split("-")[2]]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [128, 512])
 def test_the_winner_for_the_large_model_passes_check(gpus: int, tmp_path: Path, capsys) -> None:
@@ -126,7 +142,8 @@ def test_a_model_file_is_planned_with_a_batch_that_is_said(capsys) -> None:
 
 
 def test_where_nothing_fits_the_exit_status_is_1_and_it_says_what_would_help(capsys) -> None:
-    assert main(["plan", LARGE, "model.num_layers=16", "--gpus", "4", "--gpu", "l40s"]) == 1
+    few = ["model.num_layers=4", "parallel.pipeline=4", "parallel.virtual_pipeline=1"]
+    assert main(["plan", LARGE, *few, "--gpus", "4", "--gpu", "l40s"]) == 1
     text = capsys.readouterr().out
     assert "Nothing fits in 44.3 GiB. Nearest: " in text and "too many" in text
     assert "What would help: " in text and "GPUs hold it" in text
