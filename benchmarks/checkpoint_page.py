@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from megagrok.bench.spread import Spread
+
 _TEXT = """\
 # Saving beside torch.distributed.checkpoint
 
@@ -66,15 +68,11 @@ def write_page(record: dict[str, Any], path: Path) -> None:
 def _row(contender: dict[str, Any]) -> str:
     cells = [
         contender["name"],
-        _spread(contender["stall_seconds"], "{:.3f}"),
-        _spread(contender["stall_ratio"], "{:.1f}"),
-        _spread(contender["total_seconds"], "{:.2f}"),
-        _spread(contender["total_ratio"], "{:.2f}"),
-        _spread(contender["gigabytes_per_second"], "{:.2f}"),
-        _spread(contender["cpu_seconds"], "{:.2f}"),
+        Spread(**contender["stall_seconds"]).in_words("{:.3f}"),
+        Spread(**contender["stall_ratio"]).in_words("{:.1f}"),
+        Spread(**contender["total_seconds"]).in_words("{:.2f}"),
+        Spread(**contender["total_ratio"]).in_words("{:.2f}"),
+        Spread(**contender["gigabytes_per_second"]).in_words("{:.2f}"),
+        Spread(**contender["cpu_seconds"]).in_words("{:.2f}"),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _spread(spread: dict[str, float], form: str) -> str:
-    return f"{form.format(spread['median'])} ({form.format(spread['min'])} to {form.format(spread['max'])})"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megagrok.bench.peers import PEERS
+from megagrok.bench.spread import Spread
 
 _TEXT = """\
 # The training step beside its peers
@@ -64,14 +65,10 @@ def _row(contender: dict[str, Any]) -> str:
     cells = [
         contender["name"],
         f"{contender['params']:,}",
-        _spread(contender["tokens_per_second"], "{:,.0f}"),
+        Spread(**contender["tokens_per_second"]).in_words("{:,.0f}"),
         f"{contender['mfu']:.1%}",
-        _spread(contender["ratio"], "{:.2f}"),
-        _spread(contender["cpu_seconds_per_step"], "{:.2f}"),
-        _spread(contender["cpu_ratio"], "{:.2f}"),
+        Spread(**contender["ratio"]).in_words("{:.2f}"),
+        Spread(**contender["cpu_seconds_per_step"]).in_words("{:.2f}"),
+        Spread(**contender["cpu_ratio"]).in_words("{:.2f}"),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _spread(spread: dict[str, float], form: str) -> str:
-    return f"{form.format(spread['median'])} ({form.format(spread['min'])} to {form.format(spread['max'])})"
