@@ -66,7 +66,7 @@ def draw(scaling: "Scaling") -> bytes:
         if any(rung.works for rungs in scaling.rungs.values() for rung in rungs):
             figure.axes[0].legend()
         figure.supxlabel(
-            f"{scaling.machine.gpu.name} GPUs, {scaling.run.name}, estimates; crosses: batches beyond any known to help",
+            f"{scaling.machine.gpu.name} GPUs, {scaling.run.name}, estimates; crosses: batches beyond any that helped",
             fontsize=9,
         )
         file = io.BytesIO()

@@ -90,10 +90,10 @@ def _columns(scaling: Scaling) -> list[_Column]:
     if scaling.searches:
         more.append(("layout", lambda works: layout_words(works.estimate.layout)))
     return [
-        ("step, s", lambda works: f"{works.estimate.seconds.total:.3g}"),
+        ("step, s", lambda works: _short(works.estimate.seconds.total)),
         ("MFU", lambda works: f"{works.estimate.mfu:.1%}"),
         ("GiB a GPU", lambda works: f"{works.estimate.peak_bytes / GIB:.0f}"),
-        ("Mi tokens a step", lambda works: f"{works.tokens_per_step / 2**20:.4g}"),
+        ("Mi tokens a step", lambda works: _short(works.tokens_per_step / 2**20)),
         ("failures a day", lambda works: f"{works.failures_per_day:.2g}"),
         ("save every", lambda works: f"{_steps(works.interval.steps)} = {_time(works.interval.seconds)}"),
         ("ETTR", lambda works: f"{works.interval.ettr:.1%}"),
@@ -186,7 +186,7 @@ def _time(seconds: float) -> str:
 def _short(value: float | None) -> str:
     if value is None:
         return "never"
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.3g} {letter}"
-    return f"{value:.3g}"
+            return f"{value / size:.3g} {letter}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
