@@ -553,7 +553,7 @@ def _add_scale(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--strong", dest="kind", action="store_const", const="strong", help="only: the batch stays")
     kinds.add_argument("--weak", dest="kind", action="store_const", const="weak", help="only: the batch grows")
-    parser.add_argument("--best", action="store_true", help="the fastest layout at each size, not the run's own; slow")
+    parser.add_argument("--best", action="store_true", help="the fastest layout at each size; takes minutes")
     parser.add_argument("--failures", default="llama3", metavar="NAME", help="whose: llama3, rsc1, rsc2, opt, bloom")
     parser.add_argument(
         "--checkpoint-seconds", type=_at_least_zero, metavar="S", help="that a save holds the steps; else as measured"

@@ -150,7 +150,7 @@ def _ettrs(gpus: int, works: Works) -> list[str]:
 def _basis(scaling: Scaling) -> list[str]:
     assumed, run = scaling.assumed, scaling.run
     works = [rung.works for rungs in scaling.rungs.values() for rung in rungs if rung.works]
-    hold = f"a rank's bytes at {HOLD_BYTES_PER_SECOND / 1e9:.3g} GB/s (docs/bench/checkpoint.md)"
+    hold = f"a rank's bytes at {HOLD_BYTES_PER_SECOND / 1e9:.3g} GB/s (docs/bench/checkpoint.md, between host buffers)"
     if assumed.hold_seconds is not None:
         hold = f"{assumed.hold_seconds:.3g} s (--checkpoint-seconds)"
     lines = [
