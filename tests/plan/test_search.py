@@ -1,13 +1,13 @@
 """The search takes the fastest of all that fit, says the same twice, and passes over nothing that would have fitted."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from megagrok.config import load_config
 from megagrok.plan import check, world_size
-from megagrok.plan.estimate import Machine, estimate
+from megagrok.plan.estimate import Machine, StepSeconds, estimate
 from megagrok.plan.gpus import GIB, find_gpu
 from megagrok.plan.search import fewest_that_fit, fits, nearest_worlds, search
 from megagrok.plan.shape import MEGAGROK, Layout, Shape
@@ -100,12 +100,14 @@ def test_the_numbers_of_gpus_beside_an_impossible_one_have_layouts() -> None:
         assert next(families(PRETRAIN, world, ["bf16"]), None) is not None
 
 
-def test_a_correction_of_the_times_changes_what_wins_and_how_fast_it_is() -> None:
-    plain = search(QUICK, 4, NODE, ["bf16"], top=1).best[0].estimate
-    found = search(
-        QUICK, 4, NODE, ["bf16"], top=1, correct=lambda seconds: replace(seconds, launch=10**6 * seconds.launch)
-    )
-    slowed = found.best[0].estimate
-    assert slowed.seconds.launch / 10**6 <= plain.seconds.launch
-    assert slowed.seconds.total > plain.seconds.total
-    assert slowed.tokens_per_second == pytest.approx(slowed.layout.tokens / slowed.seconds.total)
+def upside_down(seconds: StepSeconds) -> StepSeconds:
+    """The slower, the faster."""
+    return StepSeconds(1 / seconds.total, *[0.0] * (len(fields(StepSeconds)) - 1))
+
+
+def test_the_order_is_that_of_the_corrected_times() -> None:
+    shape = Shape.of(QUICK.model)
+    slowest = max(estimate(shape, layout, NODE).seconds.total for layout in every_layout(4))
+    won = search(QUICK, 4, NODE, ["bf16"], top=1, correct=upside_down).best[0].estimate
+    assert won.seconds.total == pytest.approx(1 / slowest)
+    assert won.tokens_per_second == pytest.approx(won.layout.tokens / won.seconds.total)
