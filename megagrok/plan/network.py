@@ -28,7 +28,7 @@ class Span:
 def message_seconds(
     message: Message, span: Span, machine: Machine, habits: Habits, constants: Constants, top_k: int
 ) -> float:
-    """All calls of a message, nothing hidden. top_k: experts of a token, which a fused dispatch sends once to a node."""
+    """All calls of a message, nothing hidden. top_k: experts of a token; a fused dispatch sends it once to a node."""
     if span.ranks == 1:
         return 0.0
     per_node = max(1, span.per_node(machine.gpus_per_node))
