@@ -76,7 +76,7 @@ def head_bytes(shape: Shape, part: Slice, habits: Habits) -> tuple[float, float]
         # bf16 logits, and their fp32 softmax, which becomes the gradient in place.
         return 2 * part.element_bytes * stream, (part.element_bytes + 4) * logits
     # fp32: capped logits, softmax, and the gradient behind the cap.
-    return (12 if part.element_bytes == 4 else 10) * stream, 12 * logits
+    return ((12 if part.element_bytes == 4 else 10) - 4 * habits.fuses_norms) * stream, 12 * logits
 
 
 def score_elements(shape: Shape, part: Slice) -> tuple[float, float]:
@@ -96,9 +96,9 @@ def _unfused(shape: Shape, part: Slice, fp8: bool, habits: Habits, has_experts: 
     """Each torch call keeps what its own derivative needs."""
     e, t, own, h = part.element_bytes, part.tokens, part.own_tokens, shape.hidden
     routed = t / part.tensor
-    # A norm keeps its fp32 input and what it scales by the gain. In fp32 the inputs are the residual sums and the
-    # results of attention and experts themselves, and the outputs what matrices read.
-    stream = own * h * (40 if e == 4 else 34) + 16 * own
+    # Each of four norms keeps its fp32 input and, unfused, what it scales by the gain. In fp32 the inputs are the
+    # residual sums and the results of attention and experts themselves, and the outputs what matrices read.
+    stream = own * h * ((40 if e == 4 else 34) - 16 * habits.fuses_norms) + 16 * own
     mlp, rows = 0.0, 0.0
     if has_experts:
         mlp += (4 * routed * h if e == 2 else 0) + routed * (12 * shape.experts + 32 * shape.top_k)
@@ -157,19 +157,21 @@ def _backward(
         width = shape.expert_ffn * shape.top_k / part.tensor if has_experts else shape.dense_ffn / part.tensor
         rows = 2 * e * part.tokens * width * (has_experts and 1)
         return 2 * e * own * h + 2 * e * part.tokens * width, rows
-    norm = (20 if e == 4 else 18) * own * h
+    # A norm's backward pass: fp32 gradients in and out, and unfused four more such tensors.
+    norm = (e + 8 if habits.fuses_norms else 20 if e == 4 else 18) * own * h
     moments = [(norm, 0.0)]
-    freed = 8 * own * h + parts.mlp + parts.rows
+    of_norm = (4 if habits.fuses_norms else 8) * own * h
+    freed = of_norm + parts.mlp + parts.rows
     if has_experts:
         routed = part.tokens / part.tensor * shape.top_k * h
-        combine = 8 * routed + (4 if e == 4 else -2) * own * h
+        combine = 8 * routed + ((8 if e == 4 else 6) * own * h - (4 * own * h if e == 4 else of_norm))
         moments.append((combine, 0.0))
         # A matrix of all local experts: the gradient as it comes, stacked, and summed in fp32.
         stacked = max(1, shape.experts // part.expert) * 2 * shape.expert_ffn * h
-        moments.append(((8 if e == 4 else 6) * stacked + e * own * h - 8 * own * h - parts.rows + e * routed, 0.0))
+        moments.append(((8 if e == 4 else 6) * stacked + e * own * h - of_norm - parts.rows + e * routed, 0.0))
     if habits.attention == "scores":
         _, largest = score_elements(shape, part)
         again = parts.scores if recompute == "selective" else 0.0
-        freed += 16 * own * h
+        freed += 2 * of_norm
         moments.append((again + 8 * largest + e * own * h - freed, -parts.rows))
     return max(moments)

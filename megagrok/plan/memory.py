@@ -137,7 +137,7 @@ def state_of(params: RankParams, layout: Layout, habits: Habits) -> StateBytes:
     return StateBytes(
         held * weight_bytes(layout.precision),
         held * habits.gradient_bytes,
-        (sharded if layout.zero else num_params) * (MOMENT_BYTES + MASTER_BYTES * has_master),
+        (sharded if layout.zero else num_params) * (habits.moment_bytes + MASTER_BYTES * has_master),
     )
 
 

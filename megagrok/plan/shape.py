@@ -157,10 +157,19 @@ class Habits:
     reduces_whole: bool
     """Gradients are all-reduced though each rank needs only its shard of them."""
     routing: Literal["balanced", "natural"]
+    dropped: float = 0.0
+    """Share of the rows of experts that a capacity limit drops; 0 in a dropless trainer."""
     gradient_bytes: int = 4
     """Of one parameter, all copies that stay through the step: fp32 sums, and bf16 gradients that stay beside them."""
     gathers_aside: bool = False
     """Under ZeRO, updated weights are gathered in a buffer of their own before they are copied in."""
+    moment_bytes: int = 8
+    """Of one parameter: AdamW's two moments, fp32; some trainers keep them in bf16."""
+    fuses_norms: bool = True
+    """Norms in one kernel, as torch has them on a GPU. On a CPU each keeps what it scales by the gain, too."""
+    gather_buffers: int = 1
+    """Under sequence parallelism, buffers that stay for gathering what the tensor ranks split: a whole micro-batch's
+    hidden states each."""
 
 
 MEGAGROK = Habits("scores", "loop", False, False, "all_to_all", False, False, False, False, False, True, "natural")

@@ -36,7 +36,7 @@ class _Calls:
     received: float
     """What came from the stage before, or out of the embedding."""
     gathered: float
-    """Megatron's one buffer for gathering what the tensor ranks split."""
+    """Buffers for gathering what the tensor ranks split, which stay."""
     head_kept: float
     logits: float
 
@@ -90,7 +90,11 @@ def stage_memory(shape: Shape, layout: Layout, habits: Habits) -> tuple[StageByt
 def update_memory(shape: Shape, layout: Layout, habits: Habits) -> tuple[float, ...]:
     """Bytes allocated on each stage while gradients are reduced and weights updated, when activations are gone."""
     stages = _stages(shape, layout.tensor, layout.pipeline, layout.expert, layout.expert_tensor, habits.evens_stages)
-    return tuple(state_of(params, layout, habits).total + update_bytes(params, layout, habits) for params, _ in stages)
+    calls = _calls(shape, Slice.of(layout), layout.recompute, layout.precision == "fp8", habits)
+    return tuple(
+        state_of(params, layout, habits).total + update_bytes(params, layout, habits) + calls.gathered
+        for params, _ in stages
+    )
 
 
 def update_bytes(params: RankParams, layout: Layout, habits: Habits) -> float:
@@ -136,7 +140,7 @@ def _calls(shape: Shape, part: Slice, recompute: Recompute, is_fp8: bool, habits
         layer_bytes(shape, part, recompute, is_fp8, habits, False) if has_dense else _NO_LAYER,
         layer_bytes(shape, part, recompute, is_fp8, habits, True) if shape.experts else _NO_LAYER,
         stream * part.own_tokens,
-        stream * part.tokens if part.sequence and part.tensor > 1 else 0.0,
+        habits.gather_buffers * stream * part.tokens if part.sequence and part.tensor > 1 else 0.0,
         kept,
         logits,
     )

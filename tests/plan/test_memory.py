@@ -8,6 +8,9 @@ import pytest
 from megagrok.config import ModelConfig, ParallelConfig, load_config, load_model_config
 from megagrok.plan import check, describe_run, params_by_part, state_bytes, total_params, with_setting
 from megagrok.plan.memory import stage_params
+from megagrok.plan.memory_rules import sure_bytes
+from megagrok.plan.shape import MEGAGROK, Layout, Shape
+from megagrok.plan.stage_memory import stage_memory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -66,15 +69,25 @@ def test_the_pretraining_recipe_fits_its_gpus_and_its_tokens() -> None:
     )
 
 
-def test_a_run_is_refused_exactly_where_its_state_alone_outgrows_the_device() -> None:
+def test_a_run_is_refused_exactly_where_its_state_and_what_its_layers_keep_outgrow_the_device() -> None:
     config = load_config(CONFIGS / "run" / "pretrain-286b.yaml").config
-    fullest = max(stage.total for stage in describe_run(config).rank_bytes)
+    stages = stage_memory(Shape.of(config.model), Layout.of(config), MEGAGROK)
+    fullest = max(map(sure_bytes, stages))
+    assert fullest > max(stage.total for stage in describe_run(config).rank_bytes)
     assert check(config, memory_bytes=fullest) == []
     (problem,) = check(config, memory_bytes=fullest - 1)
-    assert "stage 7 holds 31.9 GiB before activations" in problem.text
+    assert problem.text.startswith("a rank of stage 0 holds") and "before its first backward pass" in problem.text
     assert problem.fixes
     for fix in problem.fixes:
         assert check(with_setting(config, fix.key, fix.value), memory_bytes=fullest - 1) == []
+
+
+def test_a_run_that_its_state_alone_would_let_pass_is_refused_for_what_its_layers_keep() -> None:
+    config = with_setting(load_config(CONFIGS / "run" / "pretrain-286b.yaml").config, "train.recompute", "none")
+    state = max(stage.total for stage in describe_run(config).rank_bytes)
+    (problem,) = check(config, memory_bytes=2 * state)
+    assert "Largest: activations" in problem.text
+    assert any(fix.key == "train.recompute" for fix in problem.fixes)
 
 
 def test_memory_is_looked_at_only_if_the_layout_can_be() -> None:
