@@ -7,6 +7,7 @@ The rehearsal (`megagrok rehearse`) counts the same in the real code, and the tw
 # t tokens of a micro-batch on a tensor group, T = t / tensor tokens that one rank dispatches, R rows of its experts,
 # h hidden, f expert width
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -19,6 +20,8 @@ Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 ATTENTION_BLOCKS = 8
 """Runs of queries in which megagrok's attention leaves out later keys (model/attention.py)."""
+SHORTEST_BLOCK = 64
+"""Queries of one run at least."""
 SCORE_BYTES = 40
 """Forward, per score: written 2, made fp32 2 + 4, capped 8, masked 8, softmax 8, rounded 4 + 2, read 2."""
 
@@ -132,13 +135,17 @@ def layer_work(shape: Shape, part: Slice, habits: Habits, has_experts: bool) -> 
         kernels += 4
     if has_experts:
         T, top_k = t / part.tensor, shape.top_k
-        rows = T * part.expert_tensor * top_k
+        rows = T * part.expert_tensor * top_k * (1 - habits.dropped)
         local = max(1.0, shape.experts / part.expert)
         width = shape.expert_ffn / part.expert_tensor
         matmuls.append(Matmul(T if part.sequence else t, h, shape.experts))
         expert_matmuls.append(Matmul(rows / local, h, shape.ffn_matrices * width, round(local)))
         forward += _dispatch(shape, part, T)
         backward += _dispatch(shape, part, T)
+        if part.tensor > 1 and not part.sequence and part.expert_tensor == 1:
+            # Each tensor rank takes a part of the tokens that all of them hold, and gathers the results.
+            forward.append(Message("tensor", "all_gather", whole))
+            backward.append(Message("tensor", "all_gather", whole))
         # Sort, regroup and their inverses read and write every row; then the gated product.
         moved += (8.0 * rows * h + shape.ffn_matrices * rows * width) * size
         kernels += 150 + (0 if habits.experts == "grouped" else 4 * local)
@@ -192,7 +199,9 @@ def attention_flops(shape: Shape, part: Slice, habits: Habits) -> float:
         return square / 2
     if part.context > 1:
         return square
-    return square * (ATTENTION_BLOCKS + 1) / (2 * ATTENTION_BLOCKS)
+    size = max(SHORTEST_BLOCK, math.ceil(part.seq_len / ATTENTION_BLOCKS))
+    runs = math.ceil(part.seq_len / size)
+    return square * (runs + 1) / (2 * runs)
 
 
 def score_bytes(shape: Shape, part: Slice, habits: Habits) -> float:
