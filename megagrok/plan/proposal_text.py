@@ -21,6 +21,8 @@ GIB = 2**30
 SECONDS_PER_DAY = 86_400
 MOST_PARTS = 3
 """Parts of a step that a sentence names."""
+LEAST_SHARE = 0.05
+"""Per cent of the step: a layout that is slower by less is as fast."""
 LEAST_PART = 0.001
 """Of the step: smaller differences are not worth a word."""
 WORDS = {
@@ -195,13 +197,13 @@ def _comparison(best: Sequence[Candidate]) -> Iterator[str]:
     second = best[1].estimate
     slower = second.seconds.total - first.seconds.total
     share = 100 * slower / first.seconds.total
-    gains, pays = differences(first.seconds, second.seconds)
-    if not gains and not pays:
+    if share < LEAST_SHARE:
         yield f"Second: {layout_words(second.layout)}. As fast, with {_memory_difference(first, second)}."
         return
+    gains, pays = differences(first.seconds, second.seconds)
     text = f"It beats the second by {slower:.3g} s a step ({share:.1f} %): {gains or 'in small parts'}"
     yield f"{text}; it pays {pays}." if pays else f"{text}."
-    yield f"Second: {layout_words(second.layout)}. For that time it has {_memory_difference(first, second)}."
+    yield f"Second: {layout_words(second.layout)}. It takes that time with {_memory_difference(first, second)}."
 
 
 def differences(first: StepSeconds, second: StepSeconds) -> tuple[str, str]:
