@@ -87,7 +87,7 @@ def make_transformer_config(run: RunConfig, groups: ProcessGroups, platform: Pla
         recompute_num_layers=1 if run.train.recompute == "full" else None,
         recompute_modules=["core_attn"] if run.train.recompute == "selective" else [],
         # Freed while a send is still reading it, on gloo: its isend has no stream to order the two.
-        deallocate_pipeline_outputs=platform.is_cuda,
+        deallocate_pipeline_outputs=platform.backend != "gloo",
         # Fused kernels of apex and Transformer Engine, which a CPU does not have and Grok's modules do not call.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

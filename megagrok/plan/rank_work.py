@@ -4,7 +4,7 @@ The side of the plan that `megagrok rehearse` counts in the real code, so both a
 group and direction, and once a step.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ def rank_work(shape: Shape, layout: Layout, habits: Habits, stage: int) -> RankW
         "selective": sum(work.attention_flops for work in works),
         "full": sum(work.matmul_flops + work.attention_flops for work in works),
     }[layout.recompute]
-    moved: Counter[str] = Counter()
+    moved: defaultdict[str, float] = defaultdict(float)
     for work in (*works, *ends):
         _add(moved, (*work.forward, *work.backward))
     if layout.recompute == "full":
@@ -54,7 +54,7 @@ def rank_work(shape: Shape, layout: Layout, habits: Habits, stage: int) -> RankW
             _add(moved, work.forward)
     if layout.pipeline > 1:
         moved["pipeline"] += _sent_bytes(shape, layout, part, stage)
-    once: Counter[str] = Counter()
+    once: defaultdict[str, float] = defaultdict(float)
     _add(once, update_messages(shape, layout, habits, stage))
     return RankWork(forward, 2 * forward, again, dict(moved), dict(once))
 
@@ -66,6 +66,6 @@ def _sent_bytes(shape: Shape, layout: Layout, part: Slice, stage: int) -> float:
     return sends * part.own_tokens * shape.hidden * part.element_bytes
 
 
-def _add(sums: Counter[str], messages: Iterable[Message]) -> None:
+def _add(sums: defaultdict[str, float], messages: Iterable[Message]) -> None:
     for message in messages:
         sums[message.group] += message.size * message.calls

@@ -52,8 +52,7 @@ class KnownNumbers:
             self._tell(result, lambda: torch.tensor(arguments[0].numel()))
         elif operation is c10d.allreduce_.default:
             for tensor in arguments[0]:
-                if (known := self._values.get(tensor)) is not None:
-                    self._tell(tensor, lambda known=known: known * group_of(arguments[1]).size())
+                self._multiply(tensor, group_of(arguments[1]).size())
         elif operation is c10d.alltoall_base_.default:
             if arguments[1] in self._values:
                 self._tell(arguments[0], lambda: torch.tensor(self._load.incoming(self._values[arguments[1]].tolist())))
@@ -65,8 +64,13 @@ class KnownNumbers:
         self._tell(counts_E, lambda: torch.tensor(self._load.outgoing(experts.numel())))
         return counts_E
 
+    def _multiply(self, tensor: Tensor, ranks: int) -> None:
+        """A sum over ranks that all have the same."""
+        if tensor in self._values:
+            self._tell(tensor, lambda: self._values[tensor] * ranks)
+
     def _read(self, tensor: Tensor) -> bool | int | float:
-        known = self._values.get(tensor, constant_of(tensor))
+        known = self._values[tensor] if tensor in self._values else constant_of(tensor)
         if known is not None:
             with real_tensors():
                 read: bool | int | float = known.item()
@@ -77,9 +81,10 @@ class KnownNumbers:
     def _carry(self, operation: Any, arguments: Sequence[Any], options: dict[str, Any], result: Any) -> None:
         """First argument and result are a tensor or several."""
         first = arguments[0]
-        known = [self._values.get(tensor) for tensor in ([first] if isinstance(first, Tensor) else first)]
-        if any(value is None for value in known):
+        tensors = [first] if isinstance(first, Tensor) else first
+        if not all(tensor in self._values for tensor in tensors):
             return
+        known = [self._values[tensor] for tensor in tensors]
         with real_tensors():
             carried = operation(known[0] if isinstance(first, Tensor) else known, *arguments[1:], **options)
         for tensor, value in [(result, carried)] if isinstance(result, Tensor) else zip(result, carried, strict=True):

@@ -25,11 +25,11 @@ from megagrok.rehearse.rehearsal import Direction, Flops, LayerShape
 from megagrok.rehearse.storages import Storages
 
 
-class Observer(TorchDispatchMode):
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """numbers: answers for tensors that hold none; None where they hold some, as in a real run."""
 
     def __init__(self, collectives: Collectives, numbers: KnownNumbers | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages = Storages()
         self.phase = "build"
         self.forward_ends: list[int] = []
@@ -113,7 +113,7 @@ class Observer(TorchDispatchMode):
         if len(self._modules) == 1 and isinstance(chunk := self._modules[0], GrokModel) and module is chunk.decoder:
             self._has_left_decoder = True
             if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(self._reach_layers)
+                output.register_hook(self._reach_layers)  # type: ignore[no-untyped-call]
         if isinstance(module, GrokModel):
             self.forward_ends.append(self.storages.moment)
             self._is_head_backward = module.post_process

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +10,15 @@ import torch
 
 from megagrok.config.schema import RunConfig
 from megagrok.data.batches import Batch
-from megagrok.engine.engine import Engine, build_engine
+from megagrok.engine.engine import Engine, Fill, build_engine
 from megagrok.errors import TopologyError
+from megagrok.model.parts import fill_initial_values
 from megagrok.parallel import launch
 from megagrok.parallel.groups import ProcessGroups, kinds_of_groups, make_groups
 from megagrok.parallel.ranks import Ranks
 from megagrok.parallel.topology import Topology
 from megagrok.plan import num_micro_batches
+from megagrok.platform import Platform
 from megagrok.rehearse.collectives import Collectives
 from megagrok.rehearse.known import KnownNumbers
 from megagrok.rehearse.load import Load
@@ -73,15 +75,19 @@ def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
         )
         collectives = Collectives(kinds_of_groups(groups))
         observer = Observer(collectives, KnownNumbers(load))
-        with pretended_tensors(), observer.watching():
-            moments = _take_step(as_walked(run), groups, observer, micro_batches)
+        with pretended_tensors():
+            batch = _batch_of_zeros(run, micro_batches)
+            moments = take_step(as_walked(run), groups, FAKE, observer, batch, fill=lambda *_: None)
         return Rehearsal(
             rank=rank,
             world_size=topology.world_size,
             stage=groups.coordinates.pipeline,
             micro_batches=micro_batches,
             micro_batches_of_step=num_micro_batches(run, run.train.global_batch),
-            **moments,
+            build=moments.build,
+            forward_backward=moments.forward_backward,
+            reduce=moments.reduce,
+            step=moments.step,
             traffic=collectives.traffic(micro_batches),
             flops=observer.flops(micro_batches),
             shapes=observer.shapes(),
@@ -90,39 +96,60 @@ def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
         )
 
 
-def _take_step(run: RunConfig, groups: ProcessGroups, observer: Observer, micro_batches: int) -> dict[str, Memory]:
-    """Build, forward and backward, reduce, step; the memory at the peak of each."""
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Memory after the build, and at the peak of each part of a step."""
+
+    build: Memory
+    forward_backward: Memory
+    reduce: Memory
+    step: Memory
+
+
+def take_step(
+    run: RunConfig,
+    groups: ProcessGroups,
+    platform: Platform,
+    observer: Observer,
+    batch: Batch,
+    fill: Fill = fill_initial_values,
+) -> Moments:
+    """Build, forward and backward, reduce, step, all of it seen by `observer`; with tensors that hold numbers too."""
     ends: list[int] = [0]
 
     def enter(phase: str) -> None:
         ends.append(observer.storages.moment)
         observer.phase = phase
 
-    engine = build_engine(run, groups, FAKE, fill=lambda *_: None)
-    standing = _Standing(engine, observer)
-    enter("forward_backward")
+    with observer.watching():
+        engine = build_engine(run, groups, platform, fill=fill)
+        standing = _Standing(engine, observer)
+        enter("forward_backward")
+        engine.forward_backward(batch)
+        standing.look_at_gradients()
+        enter("reduce")
+        engine.reduce_gradients()
+        enter("step")
+        engine.step(run.optimizer.lr)
+        ends.append(observer.storages.moment)
+    _, built, computed, reduced, stepped = ends
+    peak = observer.storages.peak
+    return Moments(
+        build=standing.weigh(peak(built, built)),
+        forward_backward=standing.weigh(peak(built + 1, computed)),
+        reduce=standing.weigh(peak(computed + 1, reduced)),
+        step=standing.weigh(peak(reduced + 1, stepped)),
+    )
+
+
+def _batch_of_zeros(run: RunConfig, micro_batches: int) -> Batch:
     shape = (micro_batches, run.train.micro_batch, run.train.seq_len)
-    ids = tuple(range(micro_batches * run.train.micro_batch))
-    batch = Batch(
+    return Batch(
         tokens_MBS=torch.zeros(shape, dtype=torch.int64),
         labels_MBS=torch.zeros(shape, dtype=torch.int64),
-        sample_ids=ids,
+        sample_ids=tuple(range(micro_batches * run.train.micro_batch)),
         document_ids=(),
     )
-    engine.forward_backward(batch)
-    standing.look_at_gradients()
-    enter("reduce")
-    engine.reduce_gradients()
-    enter("step")
-    engine.step(run.optimizer.lr)
-    ends.append(observer.storages.moment)
-    _, built, computed, reduced, stepped = ends
-    return {
-        "build": standing.weigh(observer.storages.peak(built, built)),
-        "forward_backward": standing.weigh(observer.storages.peak(built + 1, computed)),
-        "reduce": standing.weigh(observer.storages.peak(computed + 1, reduced)),
-        "step": standing.weigh(observer.storages.peak(reduced + 1, stepped)),
-    }
 
 
 class _Standing:
