@@ -4,6 +4,10 @@ What a source reports is not the same moment everywhere. Megatron-Bridge reports
 its peak after the forward and backward passes of each of the first steps, in which its table is written
 (nanotron trainer.py, log_memory), so its figure is the peak of the optimizer's update: weights, gradients, optimizer
 state and buffers, without activations. It is in units of 2^30 bytes, whatever its column is called.
+
+What no row says is how a trainer keeps AdamW's moments. The predictions take fp32. Some recipes of Megatron-Bridge keep
+them in bf16: Moonlight's (recipes/moonlight/moonlight_16b.py: exp_avg_dtype and exp_avg_sq_dtype are bfloat16), whose
+six rows are the outliers; a column tells what the prediction would be.
 """
 
 import csv
@@ -33,6 +37,8 @@ class MemoryRow:
     predicted: float
     state: float
     """Of the predicted: weights, gradients, optimizer."""
+    with_bf16_moments: float
+    """The prediction if the trainer kept AdamW's moments in bf16, which rows do not say."""
 
     @property
     def deviation(self) -> float:
@@ -83,12 +89,7 @@ def _row(run: PublishedRun, params: float) -> MemoryRow:
     is_nanotron = run.habits.evens_stages
     shape = _shape(run, params)
     habits = _habits(run)
-    if is_nanotron:
-        # Its rank 0 writes the table.
-        predicted, published = update_memory(shape, run.layout, habits)[0], run.allocated_bytes / 1e9 * GIB
-    else:
-        stages = stage_memory(shape, run.layout, habits)
-        predicted, published = float(max(stage.allocated for stage in stages)), run.allocated_bytes
+    published = run.allocated_bytes / 1e9 * GIB if is_nanotron else run.allocated_bytes
     layers = pipeline_layers(shape, run.layout.pipeline, habits.evens_stages)
     at = run.layout
     held = params_of_layers(shape, at.tensor, at.pipeline, at.expert, at.expert_tensor, layers[0], 0)
@@ -97,9 +98,17 @@ def _row(run: PublishedRun, params: float) -> MemoryRow:
         run.title,
         "update" if is_nanotron else "peak",
         published,
-        predicted,
+        _predicted(run, shape, habits),
         state_of(held, at, habits).total,
+        _predicted(run, shape, replace(habits, moment_bytes=4)),
     )
+
+
+def _predicted(run: PublishedRun, shape: Shape, habits: Habits) -> float:
+    if run.habits.evens_stages:
+        # nanotron's rank 0 writes the table.
+        return update_memory(shape, run.layout, habits)[0]
+    return float(max(stage.allocated for stage in stage_memory(shape, run.layout, habits)))
 
 
 def _habits(run: PublishedRun) -> Habits:
@@ -149,6 +158,7 @@ def page(rows: list[MemoryRow]) -> list[str]:
     ]
     for row in sorted(rows, key=lambda row: -abs(row.deviation)):
         sizes = f"{row.published / 1e9:.1f} | {row.predicted / 1e9:.1f} | {row.state / 1e9:.1f} | {row.deviation:+.1%}"
+        sizes += f" | {row.with_bf16_moments / 1e9:.1f}, {row.with_bf16_moments / row.published - 1:+.1%}"
         lines.append(f"| {row.title} ({row.moment}) | {sizes} |")
     return lines
 

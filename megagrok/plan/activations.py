@@ -120,13 +120,9 @@ def _fused(shape: Shape, part: Slice, fp8: bool, habits: Habits, has_experts: bo
     mlp, rows = 0.0, 0.0
     gated = shape.ffn_matrices - 1
     if has_experts:
-        mlp += routed * (4 * h * 0 + 12 * shape.experts + 32 * shape.top_k)
-        rows = (
-            routed
-            * shape.top_k
-            * part.expert_tensor
-            * (read * h + (gated * e + read) * shape.expert_ffn / part.expert_tensor)
-        )
+        mlp += routed * (12 * shape.experts + 32 * shape.top_k)
+        each = part.expert_tensor * read * h + (gated * e + read) * shape.expert_ffn
+        rows = routed * shape.top_k * (1 - habits.dropped) * each
     dense_width = shape.shared_ffn if has_experts else shape.dense_ffn
     if dense_width:
         mlp += t * (gated * e + read) * dense_width / part.tensor
@@ -173,5 +169,6 @@ def _backward(
         _, largest = score_elements(shape, part)
         again = parts.scores if recompute == "selective" else 0.0
         freed += 2 * of_norm
-        moments.append((again + 8 * largest + e * own * h - freed, -parts.rows))
+        # Gradients of a run's weights and scores, fp32; its bf16 weights are gone by then.
+        moments.append((again + (8 if e == 4 else 6) * largest + e * own * h - freed, -parts.rows))
     return max(moments)
