@@ -153,8 +153,8 @@ def page(rows: list[MemoryRow]) -> list[str]:
         lines.append(f"| {one.family} | {one.rows} | {one.mape:.1%} | {one.median:+.1%} | {worst} |")
     lines += [
         "",
-        "| run | published GB | predicted GB | of it state | deviation |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| run | published GB | predicted GB | of it state | deviation | with bf16 moments |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(rows, key=lambda row: -abs(row.deviation)):
         sizes = f"{row.published / 1e9:.1f} | {row.predicted / 1e9:.1f} | {row.state / 1e9:.1f} | {row.deviation:+.1%}"
