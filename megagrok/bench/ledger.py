@@ -40,8 +40,6 @@ class Arrival:
     """Seconds on the clock of all ranks of the machine."""
     row: str
     """Of COMMUNICATION."""
-    is_message: bool = False
-    """From one stage to the next: waiting for it is bubble, whoever is late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +59,12 @@ class Timeline:
     """One rank's step."""
 
     stage: int
-    """Pipeline stage: in a collective of several stages, waiting for one's own stage is imbalance, beyond it bubble."""
+    """Pipeline stage: waiting for a rank of one's own stage is imbalance, for one of another stage bubble."""
     start: float
     """Seconds on a clock that all ranks of the machine share."""
     items: tuple[Item, ...]
+    cpu_seconds: float = 0.0
+    """Of the rank's thread."""
 
     @property
     def seconds(self) -> float:
@@ -136,9 +136,7 @@ class _Play:
             return False
         now, stage = self._clocks[rank], self._timelines[rank].stage
         everyone = max(now, *came.values())
-        own = now
-        if not arrival.is_message:
-            own = max(now, *(when for peer, when in came.items() if self._timelines[peer].stage == stage))
+        own = max(now, *(when for peer, when in came.items() if self._timelines[peer].stage == stage))
         self._spend(rank, "imbalance", own - now)
         self._spend(rank, "bubble", everyone - own)
         self._spend(rank, arrival.row, item.seconds - wait)

@@ -22,7 +22,7 @@ from megagrok.bench.batches import random_batch
 from megagrok.bench.ledger import ROWS, Timeline, settle
 from megagrok.bench.routing import balance, routers_built
 from megagrok.bench.spread import Spread
-from megagrok.bench.trace import Sections, event_cost, trace_step
+from megagrok.bench.trace import Sections, trace_step
 from megagrok.checkpoint import AsyncSaver
 from megagrok.config import RunConfig
 from megagrok.data.batches import Batch, TrainBatches
@@ -62,7 +62,8 @@ class OneRank:
 
     timed: list[float]
     recorded: list[Timeline]
-    event_seconds: float
+    timed_cpu: list[float]
+    """CPU seconds of the rank's thread in the timed steps."""
     matmul_flops: list[float]
     checkpoint_seconds: float
     """A save holds the step for so long."""
@@ -85,6 +86,8 @@ class Ledger:
     event_seconds: float
     events: int
     """Operations that were recorded, on one rank."""
+    pairs: Spread
+    """Of every recorded step the sum of its rows over the timed step just before it."""
 
     @property
     def difference(self) -> float:
@@ -165,13 +168,14 @@ def _measured(run: RunConfig, found: list[OneRank], *, on_gpus: bool) -> Measure
         matmul_flops=Spread.of(together),
         datasheet_flops=datasheet,
         loss=found[0].loss,
-        ledger=None if on_gpus else make_ledger(run, found, statistics.median(timed)),
+        ledger=None if on_gpus else make_ledger(run, found, timed),
     )
 
 
-def make_ledger(run: RunConfig, found: list[OneRank], timed: float) -> Ledger:
-    """The ledger of the recorded step of median length, the cost of recording taken out."""
-    event_seconds = statistics.median(one.event_seconds for one in found)
+def make_ledger(run: RunConfig, found: list[OneRank], timed: list[float]) -> Ledger:
+    """The ledger of the recorded step of median length, the cost of recording taken out. timed: seconds of each step
+    that nothing observed."""
+    event_seconds = statistics.median(event_cost(one) for one in found)
     steps = [settle([one.recorded[number] for one in found], event_seconds) for number in range(len(found[0].recorded))]
     totals = [statistics.mean(sum(rows.values()) for rows in by_rank) for by_rank in steps]
     number = totals.index(statistics.median_low(totals))
@@ -182,11 +186,19 @@ def make_ledger(run: RunConfig, found: list[OneRank], timed: float) -> Ledger:
         rows=rows,
         by_rank=by_rank,
         total=totals[number],
-        timed=timed,
+        timed=statistics.median(timed),
         recorded=statistics.mean(one.recorded[number].seconds for one in found),
         event_seconds=event_seconds,
         events=found[0].recorded[number].events,
+        pairs=Spread.of([total / seconds for total, seconds in zip(totals, timed, strict=True)]),
     )
+
+
+def event_cost(one: OneRank) -> float:
+    """What recording an operation costs a rank, by the CPU seconds of its thread: those of recorded steps over those
+    of timed ones. Not by the clock, which the ledger has to add up to."""
+    recorded = statistics.median(timeline.cpu_seconds for timeline in one.recorded)
+    return max(0.0, recorded - statistics.median(one.timed_cpu)) / one.recorded[0].events
 
 
 def _measure_rank(
@@ -209,22 +221,21 @@ def _measure_rank(
     steps = _Steps(run, engine, _batches(run, groups, prepared), platform)
     for _ in range(request.warmup):
         steps.take(Sections())
-    event_seconds = 0.0
     if not platform.is_cuda:
         # Once unseen: the profiler's own first time takes longer.
         trace_step(steps.take, groups, ranks)
-        ranks.barrier()
-        event_seconds = event_cost()
-    timed, recorded = [], []
+    timed, recorded, cpu = [], [], []
     for _ in range(request.steps):
         ranks.barrier()
+        cpu_before = time.thread_time()
         timed.append(_seconds(lambda: steps.take(Sections())))
+        cpu.append(time.thread_time() - cpu_before)
         if not platform.is_cuda:
             recorded.append(trace_step(steps.take, groups, ranks))
     return OneRank(
         timed,
         recorded,
-        event_seconds,
+        cpu,
         _matmul_flops(ranks, platform, run.train.precision),
         _checkpoint_seconds(ranks, engine, scratch),
         steps.loss,

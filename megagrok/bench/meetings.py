@@ -6,7 +6,8 @@ benchmark process and no longer. It changes neither what is sent nor when.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,6 @@ class Met:
     meeting: str
     """Equal on all ranks that take part, and on no other meeting."""
     row: str
-    is_message: bool
     issued: float
     issued_end: float
 
@@ -48,82 +48,85 @@ class Stood:
 
 @dataclass(slots=True)
 class Record:
-    """Everything since the recording began, in order."""
+    """Everything since the recording began, in order; as little as can be done while it happens."""
 
-    met: list[Met] = field(default_factory=list)
-    stood: list[Stood] = field(default_factory=list)
+    row_of_group: dict[str, str]
+    calls: list[tuple[dist.ProcessGroup, str, int, float, float]] = field(default_factory=list)
+    """Group, method, peer of a message (-1 of a collective), beginning and end of the call."""
+    waits: list[tuple[int, float, float]] = field(default_factory=list)
+    """Number of the call that is waited for, beginning and end."""
+    pending: dict[int, tuple[Work, int]] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget what was recorded so far."""
-        self.met.clear()
-        self.stood.clear()
+        """Forget what was recorded so far, none of which is still under way."""
+        self.calls.clear()
+        self.waits.clear()
+        self.pending.clear()
+
+    def meetings(self) -> list[Met]:
+        """The calls, each with a name for its meeting."""
+        met, numbers = [], Counter[str]()
+        for group, name, peer, issued, issued_end in self.calls:
+            who = f"{group.group_name} {dist.get_process_group_ranks(group)}"
+            if name in _MESSAGES:
+                me = group.rank()
+                who += f" {me}>{peer}" if name == "send" else f" {peer}>{me}"
+            numbers[who] += 1
+            row = self.row_of_group.get(group.group_name, "data")
+            met.append(Met(f"{who} #{numbers[who]}", row, issued, issued_end))
+        return met
+
+    def stays(self, met: Sequence[Met]) -> list[Stood]:
+        """The waits. `met` is what `meetings` returned."""
+        return [Stood(met[number].meeting, start, end) for number, start, end in self.waits]
 
 
 @contextmanager
 def recorded(groups: ProcessGroups) -> Iterator[Record]:
     """Record the meetings of the block, which all ranks of `groups` enter and leave at the same point."""
-    recorder = _Recorder(groups)
+    record = Record(rows_of_groups(groups))
     kinds = {name for name in (*_MESSAGES, *_COLLECTIVES) if name in dir(dist.ProcessGroup)}
     before = {name: vars(dist.ProcessGroup)[name] for name in kinds}
     wait = Work.wait
     try:
         for name, call in before.items():
-            setattr(dist.ProcessGroup, name, recorder.issue(name, call))
-        Work.wait = recorder.wait(wait)  # type: ignore[method-assign]
-        yield recorder.record
+            setattr(dist.ProcessGroup, name, _issue(record, name, call))
+        Work.wait = _wait(record, wait)  # type: ignore[method-assign]
+        yield record
     finally:
         Work.wait = wait  # type: ignore[method-assign]
         for name, call in before.items():
             setattr(dist.ProcessGroup, name, call)
 
 
-class _Recorder:
-    def __init__(self, groups: ProcessGroups) -> None:
-        self.record = Record()
-        self._row_of = rows_of_groups(groups)
-        self._numbers: dict[str, int] = {}
-        self._pending: dict[int, tuple[Work, str]] = {}
-        self._who: dict[str, str] = {}
+def _issue(record: Record, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The method `name` of a group, with its moment written down."""
+    is_message = name in _MESSAGES
 
-    def issue(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The method `name` of a group, with its moment written down."""
+    def issued(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        work = call(group, *args, **kwargs)
+        if work is not None:
+            record.pending[id(work)] = work, len(record.calls)
+        record.calls.append((group, name, args[1] if is_message else -1, start, time.perf_counter()))
+        return work
 
-        def issued(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            meeting = self._name(group, name, args)
-            start = time.perf_counter()
-            work = call(group, *args, **kwargs)
-            row = self._row_of.get(group.group_name, "data")
-            self.record.met.append(Met(meeting, row, name in _MESSAGES, start, time.perf_counter()))
-            if work is not None:
-                self._pending[id(work)] = work, meeting
-            return work
+    return issued
 
-        return issued
 
-    def wait(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`Work.wait` with the time it took written down."""
+def _wait(record: Record, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`Work.wait`, with the time it took written down."""
 
-        def waited(work: Work, *args: Any, **kwargs: Any) -> Any:
-            known = self._pending.pop(id(work), None)
-            start = time.perf_counter()
-            result = call(work, *args, **kwargs)
-            if known is not None:
-                self.record.stood.append(Stood(known[1], start, time.perf_counter()))
-            return result
+    def waited(work: Work, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = call(work, *args, **kwargs)
+        end = time.perf_counter()
+        known = record.pending.pop(id(work), None)
+        if known is not None:
+            record.waits.append((known[1], start, end))
+        return result
 
-        return waited
-
-    def _name(self, group: dist.ProcessGroup, name: str, args: tuple[Any, ...]) -> str:
-        name_of = group.group_name
-        if name_of not in self._who:
-            self._who[name_of] = f"{name_of} {dist.get_process_group_ranks(group)}"
-        who = self._who[name_of]
-        if name in _MESSAGES:
-            me, peer = group.rank(), args[1]
-            who += f" {me}>{peer}" if name == "send" else f" {peer}>{me}"
-        number = self._numbers.get(who, 0)
-        self._numbers[who] = number + 1
-        return f"{who} #{number}"
+    return waited
 
 
 def rows_of_groups(groups: ProcessGroups) -> dict[str, str]:

@@ -132,9 +132,10 @@ def _share(row: str, seconds: float, ledger: Ledger) -> str:
 def _sums(ledger: Ledger) -> list[str]:
     return [
         f"the rows add up to {ledger.total * 1e3:.1f} ms; the step that nothing observed takes "
-        f"{ledger.timed * 1e3:.1f} ms: {ledger.difference:+.1%}",
+        f"{ledger.timed * 1e3:.1f} ms: {ledger.difference:+.1%}; step by step {ledger.pairs.median - 1:+.1%} "
+        f"({ledger.pairs.min - 1:+.1%} to {ledger.pairs.max - 1:+.1%})",
         f"recorded, the same step took {ledger.recorded * 1e3:.1f} ms ({ledger.overhead:+.1%}): {ledger.events:,} "
-        f"operations on a rank, {ledger.event_seconds * 1e6:.2f} µs each to write down (measured apart, and taken out)",
+        f"operations on a rank, {ledger.event_seconds * 1e6:.2f} µs of CPU time each, which is taken out",
     ]
 
 

@@ -1,17 +1,15 @@
 """One step under torch's profiler, as a timeline: which row each operation of this rank's thread belongs to.
 
-The profiler writes down every operation with its beginning and end, backward pass included, in about half a
-microsecond each. An instant belongs to the innermost operation of that moment. What is no kernel is `host`: Python,
+The profiler writes down every operation with its beginning and end, backward pass included, in less than a microsecond
+each. An instant belongs to the innermost operation of that moment. What is no kernel is `host`: Python,
 autograd's book-keeping, views, allocation.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megagrok.bench.ledger import Arrival, Blocked, Item, Timeline, Work
@@ -72,35 +70,13 @@ def trace_step(step: Callable[[Sections], None], groups: ProcessGroups, ranks: R
         _mark(marks)
         ranks.barrier()
         record.clear()
-        start = time.perf_counter()
+        cpu, start = time.thread_time(), time.perf_counter()
         step(sections)
-        end = time.perf_counter()
+        cpu, end = time.thread_time() - cpu, time.perf_counter()
         _mark(marks)
     operations = _operations(profiler, marks)
     stage = groups.coordinates.pipeline
-    return Timeline(stage, start, tuple(_timeline(operations, sections, record, start, end)))
-
-
-def event_cost(repeats: int = 100) -> float:
-    """Seconds that recording one operation takes this rank now: a small layer, forward and backward, with and without.
-
-    CPU seconds of the thread: a stranger who has the core for a while would make it look dear.
-    """
-    x, weight = torch.zeros(8, 8, requires_grad=True), torch.zeros(8, 8)
-
-    def seconds() -> float:
-        started = time.thread_time()
-        for _ in range(repeats):
-            torch.nn.functional.linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
-        return time.thread_time() - started
-
-    plain, traced, operations = [], [], 1
-    for _ in range(5):
-        plain.append(seconds())
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            traced.append(seconds())
-        operations = len(profiler.events() or ())
-    return max(0.0, statistics.median(traced) - statistics.median(plain)) / operations
+    return Timeline(stage, start, tuple(_timeline(operations, sections, record, start, end)), cpu)
 
 
 def _mark(marks: list[float]) -> None:
@@ -131,9 +107,10 @@ def _timeline(
 ) -> Iterator[Item]:
     """All of the step in order: work by row, arrivals, stays."""
     ribbon = _Ribbon(attribute(operations, start, end))
+    met = record.meetings()
     edges: list[tuple[float, float, Met | Stood | str]] = [
-        *((met.issued, met.issued_end, met) for met in record.met),
-        *((stood.start, stood.end, stood) for stood in record.stood),
+        *((one.issued, one.issued_end, one) for one in met),
+        *((one.start, one.end, one) for one in record.stays(met)),
         *((opened, opened, row) for row, opened, _ in sections.found),
         *((closed, closed, "") for _, _, closed in sections.found),
     ]
@@ -142,7 +119,7 @@ def _timeline(
         yield from ribbon.work(opened, section)
         match what:
             case Met():
-                yield Arrival(what.meeting, what.issued, what.row, what.is_message)
+                yield Arrival(what.meeting, what.issued, what.row)
                 yield from ribbon.work(closed, what.row)
             case Stood():
                 ribbon.work(closed, "")

@@ -11,8 +11,8 @@ def timeline(*items: Item, stage: int = 0, start: float = 0.0) -> Timeline:
     return Timeline(stage, start, items)
 
 
-def meet(name: str, when: float, until: float, row: str = "expert", *, is_message: bool = False) -> tuple[Item, Item]:
-    return Arrival(name, when, row, is_message), Blocked(name, when, until - when)
+def meet(name: str, when: float, until: float, row: str = "expert") -> tuple[Item, Item]:
+    return Arrival(name, when, row), Blocked(name, when, until - when)
 
 
 def spent(rows: dict[str, float]) -> dict[str, float]:
@@ -29,8 +29,8 @@ def test_the_time_until_the_last_rank_comes_is_imbalance_and_the_rest_is_transfe
 
 
 def test_waiting_for_a_message_is_bubble() -> None:
-    sender = timeline(Work("matmul", 2.0), *meet("m", 2.0, 2.25, "pipeline", is_message=True))
-    receiver = timeline(*meet("m", 0.0, 2.25, "pipeline", is_message=True), stage=1)
+    sender = timeline(Work("matmul", 2.0), *meet("m", 2.0, 2.25, "pipeline"))
+    receiver = timeline(*meet("m", 0.0, 2.25, "pipeline"), stage=1)
     rows = settle([sender, receiver])
     assert spent(rows[1]) == {"bubble": 2.0, "pipeline": 0.25}
 
@@ -48,8 +48,8 @@ def test_a_collective_of_several_stages_has_imbalance_within_a_stage_and_bubble_
 
 
 def test_who_leaves_before_the_last_one_comes_has_not_waited_for_it() -> None:
-    sender = timeline(*meet("m", 0.0, 0.5, "pipeline", is_message=True))
-    receiver = timeline(Work("matmul", 3.0), *meet("m", 3.0, 3.25, "pipeline", is_message=True), stage=1)
+    sender = timeline(*meet("m", 0.0, 0.5, "pipeline"))
+    receiver = timeline(Work("matmul", 3.0), *meet("m", 3.0, 3.25, "pipeline"), stage=1)
     rows = settle([sender, receiver])
     assert spent(rows[0]) == {"pipeline": 0.5}
 

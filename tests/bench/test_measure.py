@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrok.bench.ledger import ROWS
+from megagrok.bench.ledger import COMMUNICATION, ROWS
 from megagrok.bench.measure import Measured, Request, measure
 from megagrok.config import RunConfig, decode_config
 from megagrok.engine.engine import Engine, Update
@@ -61,10 +61,18 @@ def check_planted(measured: Measured, waits: str) -> None:
     assert abs(ledger.difference) < MOST_OF_THE_REST
 
 
+def check_spoke(measured: Measured, *kinds: str) -> None:
+    """Messages travelled over these groups. (The cross-entropy has collectives of one tensor rank, with itself.)"""
+    assert measured.ledger is not None
+    spoken = {row for row in COMMUNICATION if measured.ledger.rows[row] > 0}
+    assert spoken - {"tensor"} == set(kinds)
+
+
 def test_a_rank_that_comes_late_to_its_experts_is_imbalance_of_the_others_and_a_slow_update_is_optimizer() -> None:
     run = run_of("parallel.data=2", "parallel.expert=2")
     measured = measure(run, Request(steps=1, warmup=1, spoil=come_late_and_update_slowly))
     check_planted(measured, "imbalance")
+    check_spoke(measured, "expert", "data")
     assert measured.step_seconds.min > LATE_SECONDS + UPDATE_SECONDS
     assert 0 < measured.mfu(measured.matmul_flops.median) < 1
 
@@ -72,7 +80,9 @@ def test_a_rank_that_comes_late_to_its_experts_is_imbalance_of_the_others_and_a_
 def test_a_stage_that_is_late_is_bubble_of_the_next() -> None:
     # One layer a stage and two micro-batches: the first stage sleeps before the first.
     run = run_of("parallel.pipeline=2")
-    check_planted(measure(run, Request(steps=1, warmup=1, spoil=come_late_and_update_slowly)), "bubble")
+    measured = measure(run, Request(steps=1, warmup=1, spoil=come_late_and_update_slowly))
+    check_planted(measured, "bubble")
+    check_spoke(measured, "pipeline", "data")
 
 
 @pytest.mark.slow
