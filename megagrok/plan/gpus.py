@@ -18,6 +18,8 @@ class Gpu:
     """Its name on the command line."""
     marks: tuple[str, ...]
     """Words of the name that its driver reports, in capitals; this GPU has all of them."""
+    fp32_flops: float
+    """Without tensor cores: torch keeps TF32 off unless it is asked, and megagrok does not ask."""
     bf16_flops: float
     fp8_flops: float
     """0 if it has no FP8 units."""
@@ -32,8 +34,8 @@ class Gpu:
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s at a training precision; fp32 training runs its matmuls in TF32, at half of bf16."""
-        return {"fp8": self.fp8_flops, "bf16": self.bf16_flops, "fp32": self.bf16_flops / 2}[precision]
+        """FLOP/s at a training precision."""
+        return {"fp8": self.fp8_flops, "bf16": self.bf16_flops, "fp32": self.fp32_flops}[precision]
 
 
 GIB = 2**30
@@ -44,55 +46,55 @@ NOT_WHOLE = frozenset(("MIG", "LAPTOP"))
 # carries, and what a run can have. Arithmetic is without sparsity, at the clocks of the data sheet.
 GPUS = (
     Gpu(
-        "h100", ("H100",), 989.4e12, 1978.9e12, int(79.1 * GIB), 3.35e12, 450e9, 50e9, 700,
+        "h100", ("H100",), 66.9e12, 989.4e12, 1978.9e12, int(79.1 * GIB), 3.35e12, 450e9, 50e9, 700,
         "NVIDIA H100 data sheet, SXM5 80 GB; DGX H100: one 400 Gb/s port per GPU",
     ),
     Gpu(
-        "h100-pcie", ("H100", "PCIE"), 756e12, 1513e12, int(79.1 * GIB), 2.0e12, 64e9, 50e9, 350,
+        "h100-pcie", ("H100", "PCIE"), 51.2e12, 756e12, 1513e12, int(79.1 * GIB), 2.0e12, 64e9, 50e9, 350,
         "NVIDIA H100 data sheet, PCIe 80 GB; PCIe 5.0 x16 between GPUs, no NVLink bridge",
     ),
     Gpu(
-        "h100-nvl", ("H100", "NVL"), 835e12, 1671e12, int(93.0 * GIB), 3.9e12, 300e9, 50e9, 400,
+        "h100-nvl", ("H100", "NVL"), 60e12, 835e12, 1671e12, int(93.0 * GIB), 3.9e12, 300e9, 50e9, 400,
         "NVIDIA H100 NVL data sheet, 94 GB; NVLink joins pairs only",
     ),
     Gpu(
-        "h200", ("H200",), 989.4e12, 1978.9e12, int(139.7 * GIB), 4.8e12, 450e9, 50e9, 700,
+        "h200", ("H200",), 66.9e12, 989.4e12, 1978.9e12, int(139.7 * GIB), 4.8e12, 450e9, 50e9, 700,
         "NVIDIA H200 data sheet, SXM 141 GB; DGX H200: one 400 Gb/s port per GPU",
     ),
     Gpu(
-        "h800", ("H800",), 989.4e12, 1978.9e12, int(79.1 * GIB), 3.35e12, 200e9, 50e9, 700,
+        "h800", ("H800",), 66.9e12, 989.4e12, 1978.9e12, int(79.1 * GIB), 3.35e12, 200e9, 50e9, 700,
         "as H100 SXM5 with 400 GB/s of NVLink, both directions: arXiv:2412.19437, section 3.1",
     ),
     Gpu(
-        "a100", ("A100", "80GB"), 312e12, 0.0, int(79.1 * GIB), 2.039e12, 300e9, 25e9, 400,
+        "a100", ("A100", "80GB"), 19.5e12, 312e12, 0.0, int(79.1 * GIB), 2.039e12, 300e9, 25e9, 400,
         "NVIDIA A100 data sheet, SXM4 80 GB; DGX A100: one 200 Gb/s port per GPU",
     ),
     Gpu(
-        "a100-40", ("A100", "40GB"), 312e12, 0.0, int(39.3 * GIB), 1.555e12, 300e9, 25e9, 400,
+        "a100-40", ("A100", "40GB"), 19.5e12, 312e12, 0.0, int(39.3 * GIB), 1.555e12, 300e9, 25e9, 400,
         "NVIDIA A100 data sheet, SXM4 40 GB; DGX A100: one 200 Gb/s port per GPU",
     ),
     Gpu(
-        "a100-pcie", ("A100", "80GB", "PCIE"), 312e12, 0.0, int(79.1 * GIB), 1.935e12, 32e9, 25e9, 300,
+        "a100-pcie", ("A100", "80GB", "PCIE"), 19.5e12, 312e12, 0.0, int(79.1 * GIB), 1.935e12, 32e9, 25e9, 300,
         "NVIDIA A100 data sheet, PCIe 80 GB; PCIe 4.0 x16 between GPUs, no NVLink bridge",
     ),
     Gpu(
-        "b200", ("B200",), 2250e12, 4500e12, int(178.3 * GIB), 7.67e12, 900e9, 50e9, 1000,
+        "b200", ("B200",), 75e12, 2250e12, 4500e12, int(178.3 * GIB), 7.67e12, 900e9, 50e9, 1000,
         "NVIDIA HGX B200 data sheet at 1000 W; bus width and clock as its driver reports them (pytorch/ao pull 4002)",
     ),
     Gpu(
-        "gb200", ("GB200",), 2500e12, 5000e12, int(184.3 * GIB), 8.0e12, 900e9, 50e9, 1200,
+        "gb200", ("GB200",), 80e12, 2500e12, 5000e12, int(184.3 * GIB), 8.0e12, 900e9, 50e9, 1200,
         "NVIDIA GB200 NVL72 data sheet, per GPU at 1200 W; a node is 4 GPUs, an NVLink domain up to 72",
     ),
     Gpu(
-        "b300", ("B300",), 2250e12, 4500e12, int(267.6 * GIB), 8.0e12, 900e9, 100e9, 1100,
+        "b300", ("B300",), 75e12, 2250e12, 4500e12, int(267.6 * GIB), 8.0e12, 900e9, 100e9, 1100,
         "NVIDIA HGX B300 data sheet; ConnectX-8: one 800 Gb/s port per GPU",
     ),
     Gpu(
-        "l40s", ("L40S",), 362e12, 733e12, int(44.3 * GIB), 0.864e12, 32e9, 25e9, 350,
+        "l40s", ("L40S",), 91.6e12, 362e12, 733e12, int(44.3 * GIB), 0.864e12, 32e9, 25e9, 350,
         "NVIDIA L40S data sheet; PCIe 4.0 x16 between GPUs",
     ),
     Gpu(
-        "rtx4090", ("RTX", "4090"), 165.2e12, 330.3e12, int(23.5 * GIB), 1.008e12, 32e9, 12.5e9, 450,
+        "rtx4090", ("RTX", "4090"), 82.6e12, 165.2e12, 330.3e12, int(23.5 * GIB), 1.008e12, 32e9, 12.5e9, 450,
         "NVIDIA Ada whitepaper, FP32 accumulation; PCIe 4.0 x16 between GPUs, a port of 100 Gb/s assumed",
     ),
 )  # fmt: skip

@@ -68,10 +68,9 @@ def _device(measured: Sequence[_Steps], folders: Sequence[RunFolder], name: str 
         if len({steps.run.train.precision == "bf16" for steps in measured}) > 1:
             raise ConfigError("--calibrate: runs of one precision at a time on a CPU, their peaks are not one device's")
         peak = median(peaks)
-        # A Gpu's fp32 peak is half of its bf16 peak.
-        bf16 = peak if measured[0].run.train.precision == "bf16" else 2 * peak
+        # All runs have one precision, so the other's peak is never asked for.
         return Gpu(
-            "cpu", (), bf16, 0.0, UNKNOWN_BYTES, CPU_MEMORY_BANDWIDTH, CPU_LINK_BANDWIDTH, CPU_LINK_BANDWIDTH, 0,
+            "cpu", (), peak, peak, 0.0, UNKNOWN_BYTES, CPU_MEMORY_BANDWIDTH, CPU_LINK_BANDWIDTH, CPU_LINK_BANDWIDTH, 0,
             "median of the peaks that the runs measured; memory size unknown, bandwidths nominal",
         )  # fmt: skip
     if name is None:

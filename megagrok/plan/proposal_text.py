@@ -312,7 +312,7 @@ def calibration_text(calibration: Calibration) -> str:
     text = f"{_aligned(rows)}\n{_calibrated(calibration)}"
     if calibration.gpu.name == "cpu":
         peak = calibration.gpu.bf16_flops / 1e9
-        text += f"\nThe CPU: {peak:.3g} GFLOP/s per rank in bf16, half in fp32; {calibration.gpu.source}."
+        text += f"\nThe CPU: {peak:.3g} GFLOP/s per rank; {calibration.gpu.source}."
     return text
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from large_layout import TENSOR_8
 
 from megagrok.config import Loaded, RunConfig, decode_config, load_config
 from megagrok.config.fields import all_settings, without_null
@@ -26,7 +27,7 @@ NUMBERS = (
     "schedule.decay_steps=60",
 )
 QUICK = load_config(RUNS / "quickstart.yaml", NUMBERS).config
-PRETRAIN = load_config(RUNS / "pretrain-286b.yaml").config
+PRETRAIN = load_config(RUNS / "pretrain-286b.yaml", TENSOR_8).config
 
 
 def changed(config: RunConfig, written: Mapping[str, object]) -> RunConfig:

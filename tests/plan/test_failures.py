@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from large_layout import TENSOR_8
 
 from megagrok.config import decode_config
 from megagrok.errors import ConfigError
@@ -57,7 +58,7 @@ def test_the_death_of_a_rank_takes_as_long_as_in_the_published_drill() -> None:
 
 @pytest.fixture(scope="module")
 def run():
-    return decode_config(ROOT / "configs/run/pretrain-286b.yaml", []).config
+    return decode_config(ROOT / "configs/run/pretrain-286b.yaml", TENSOR_8).config
 
 
 def test_all_ranks_together_save_the_state_once(run) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from large_layout import TENSOR_8
 
 from megagrok.cli import main
 from megagrok.config import decode_config
@@ -28,7 +29,7 @@ SIZES = ladder("8..131072")
 
 @pytest.fixture(scope="module")
 def run():
-    return decode_config(CONFIG, []).config
+    return decode_config(CONFIG, TENSOR_8).config
 
 
 @pytest.fixture(scope="module")
