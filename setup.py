@@ -45,6 +45,7 @@ DEV = [
     "pytest>=8",
     "ruff>=0.12",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "types-PyYAML",
     "types-tqdm",
 ]

@@ -6,6 +6,7 @@ a login node without torch. Settings follow the file as key=value, before or aft
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megagrok.bench.choices import PEER_NAMES
 from megagrok.config import Loaded, decode_config, explain, is_model_file, load_config, load_model_config, reference
-from megagrok.errors import EXIT_BUG, CheckpointError, ConfigError, DataError, MachineError, MegagrokError
+from megagrok.errors import EXIT_BUG, EXIT_UNREAD, CheckpointError, ConfigError, DataError, MachineError, MegagrokError
 from megagrok.plan import describe, describe_run, require_runnable, total_params, world_size
 from megagrok.plan.dependencies import bad_dependencies, installed_versions
 from megagrok.plan.memory_rules import GIB
@@ -50,12 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_intermixed_args(rest)
     try:
-        return command.run(options)
+        status = command.run(options)
+        sys.stdout.flush()
+        return status
     except MegagrokError as error:
         if options.debug:
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # `megagrok plan ... | head`: who reads has what it wanted. Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     except Exception:
         traceback.print_exc()
         print("This is a bug of megagrok.", file=sys.stderr)

@@ -9,6 +9,8 @@ from typing import ClassVar
 EXIT_BUG = 70
 EXIT_TRANSIENT = 75
 EXIT_PREEMPTED = 76
+EXIT_UNREAD = 128 + 13
+"""As a shell names the end by SIGPIPE: nobody reads the output any more."""
 
 
 class MegagrokError(Exception):

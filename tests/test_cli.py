@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megagrok.cli import COMMANDS, main
+from megagrok.errors import EXIT_UNREAD
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = str(CONFIGS / "run" / "tiny.yaml")
@@ -99,3 +100,13 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         main([name, "--help"])
     assert stopped.value.code == 0
     assert COMMANDS[name].help in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_reader_that_has_seen_enough_is_no_bug() -> None:
+    command = [sys.executable, "-m", "megagrok", "explain", "--all"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait(timeout=30) == EXIT_UNREAD
+    assert told == b""

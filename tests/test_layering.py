@@ -155,7 +155,7 @@ def imported_distributions(sources: list[Source]) -> set[str]:
     """What to install for the imports of `sources`, by name."""
     distributions = packages_distributions()
     tops = {use.name.split(".")[0] for source in sources for use in uses(source) if use.is_import}
-    beside = {"tests", *(path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))}
+    beside = {"tests", "benchmarks", *(path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))}
     foreign = tops - set(sys.stdlib_module_names) - {"megagrok"} - PRESENT_ON_GPU_MACHINES - beside
     return {canonical(name) for top in foreign for name in distributions.get(top, [f"{top} (not installed)"])}
 
