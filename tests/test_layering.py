@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = (
     "errors", "whole_file", "config", "plan", "platform", "parallel", "kernels", "model", "data", "checkpoint",
-    "engine", "telemetry", "train", "verify", "rehearse", "bench", "slurm", "drill", "lab", "specialise", "cli", "__main__",
+    "engine", "telemetry", "train", "verify", "rehearse", "bench", "slurm", "drill", "lab", "specialise", "cli",
+    "__main__",
 )  # fmt: skip
 
 # A foreign name, and the modules that may use it (a module covers those below it).
@@ -155,7 +156,8 @@ def imported_distributions(sources: list[Source]) -> set[str]:
     """What to install for the imports of `sources`, by name."""
     distributions = packages_distributions()
     tops = {use.name.split(".")[0] for source in sources for use in uses(source) if use.is_import}
-    beside = {"tests", "benchmarks", *(path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))}
+    beside = {"tests", "benchmarks"}
+    beside |= {path.stem for folder in tuple(beside) for path in (ROOT / folder).rglob("*.py")}
     foreign = tops - set(sys.stdlib_module_names) - {"megagrok"} - PRESENT_ON_GPU_MACHINES - beside
     return {canonical(name) for top in foreign for name in distributions.get(top, [f"{top} (not installed)"])}
 
