@@ -297,7 +297,7 @@ ROWS = [
     Row(22, "check run.yaml train.precision=[fp16,bf16]", 2,
         r"train.precision is a list, needs one of fp32, bf16, fp8"),
     Row(25, f"check {PRETRAIN} --memory 16", 2,
-        r"holds 89.9 GiB before its first backward pass, its device has 16.0. Largest: activ"),
+        r"holds 41.1 GiB before its first backward pass, its device has 16.0. Largest: gra"),
     Row(26, "check run.yaml optimizer.lr=-3.0e-4", 2, r"optimizer.lr = -0.0003, needs > 0"),
     Row(26, "check run.yaml optimizer.lr=.nan", 2, r"optimizer.lr = nan, needs a finite number"),
     Row(26, "check run.yaml schedule.min_lr=1.0", 2, r"schedule.min_lr = 1.0, needs <= optimizer.lr \(0.01\)"),

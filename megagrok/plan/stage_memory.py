@@ -139,7 +139,8 @@ def _calls(shape: Shape, part: Slice, recompute: Recompute, is_fp8: bool, habits
     return _Calls(
         layer_bytes(shape, part, recompute, is_fp8, habits, False) if has_dense else _NO_LAYER,
         layer_bytes(shape, part, recompute, is_fp8, habits, True) if shape.experts else _NO_LAYER,
-        stream * part.own_tokens,
+        # Where layers are computed again, it is the first layer's own input.
+        0.0 if recompute == "full" else stream * part.own_tokens,
         habits.gather_buffers * stream * part.tokens if part.sequence and part.tensor > 1 else 0.0,
         kept,
         logits,
