@@ -44,8 +44,7 @@ def against_plan(run: RunConfig, found: Rehearsal) -> list[Row]:
     """Of a rehearsal with balanced routing, which is what the plan's FLOPs stand for; fp8 was walked in bf16, and is
     planned so."""
     shape, layout = Shape.of(run.model), Layout.of(as_walked(run))
-    # A rehearsal goes the CPU's way, where torch has no kernel for a whole norm.
-    habits = replace(MEGAGROK, routing="balanced", fuses_norms=False)
+    habits = replace(MEGAGROK, routing="balanced")
     work, memory = rank_work(shape, layout, habits, found.stage), stage_memory(shape, layout, habits)[found.stage]
     computing = found.forward_backward
     rows = [

@@ -2,9 +2,11 @@
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,6 +22,7 @@ from megagrok.parallel.topology import Topology
 from megagrok.plan import num_micro_batches
 from megagrok.platform import Platform
 from megagrok.rehearse.collectives import Collectives
+from megagrok.rehearse.gpu_kernels import NormsAsOnGpu
 from megagrok.rehearse.known import KnownNumbers
 from megagrok.rehearse.load import Load
 from megagrok.rehearse.observer import Observer
@@ -28,13 +31,15 @@ from megagrok.rehearse.rehearsal import Memory, Rehearsal
 from megagrok.rehearse.storages import Storage
 
 _TIMEOUT_SECONDS = 60.0
+Device = Literal["gpu", "cpu"]
 
 
-def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None) -> Rehearsal:
+def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None, device: Device = "gpu") -> Rehearsal:
     """Walk one step of rank `rank` of the whole job, in a process of its own (Megatron and DeepSpeed keep their groups
     in globals). The run has to be one that `plan.check` accepts.
 
     fullest: share of all choices that goes to the fullest expert, which is this rank's; None is balanced.
+    device: whose kernels, where torch has others on a CPU: what they make and keep.
     Raises TopologyError for a rank that the layout does not have, ConfigError for a share that no routing has.
     """
     topology = Topology.of(run.parallel)
@@ -43,7 +48,10 @@ def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None) -> Rehe
     place = topology.coordinates(rank)
     load = Load.of(run.model.moe, topology.expert, place.expert, fullest)
     (rehearsal,) = launch.run_ranks(
-        partial(_walk, run=run, rank=rank, load=load), 1, timeout_seconds=_TIMEOUT_SECONDS, log_of=_unread
+        partial(_walk, run=run, rank=rank, load=load, device=device),
+        1,
+        timeout_seconds=_TIMEOUT_SECONDS,
+        log_of=_unread,
     )
     return rehearsal
 
@@ -61,7 +69,7 @@ def _unread(_rank: int) -> Path:
     return Path(os.devnull)
 
 
-def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
+def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load, device: Device) -> Rehearsal:
     """In the forked process."""
     started = time.perf_counter()
     topology = Topology.of(run.parallel)
@@ -75,7 +83,7 @@ def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
         )
         collectives = Collectives(kinds_of_groups(groups))
         observer = Observer(collectives, KnownNumbers(load))
-        with pretended_tensors():
+        with pretended_tensors(), NormsAsOnGpu() if device == "gpu" else nullcontext():
             batch = _batch_of_zeros(run, micro_batches)
             moments = take_step(as_walked(run), groups, FAKE, observer, batch, fill=lambda *_: None)
         return Rehearsal(
@@ -211,7 +219,8 @@ def _replaced(run: RunConfig, load: Load) -> tuple[str, ...]:
         f"token counts of the experts: {load}; all ranks route alike",
         "losses and norms: 1, so that the step is finite and taken",
         "collectives: answered at once; no bytes are sent, and nothing waits",
-        "device: the code's way on a CPU; no CUDA context, no rounding of sizes and no slack of an allocator, no NCCL",
+        "device: no CUDA context, no rounding of sizes and no slack of an allocator, no NCCL buffers, no workspaces "
+        "inside kernels",
     ]
     if run.train.precision == "fp8":
         sentences.append(

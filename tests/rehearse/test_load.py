@@ -1,4 +1,4 @@
-"""Given loads: no choice is lost, peers agree with this rank, whose first expert is the fullest; or they are refused."""
+"""Given loads: no choice is lost, peers agree with this rank, whose first expert is the fullest; others are refused."""
 
 import pytest
 
