@@ -82,7 +82,7 @@ def test_the_plan_of_the_last_stage_of_the_full_size_job_is_what_its_code_does()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(8))
-@pytest.mark.parametrize("settings", [[], ["parallel.data=16"]], ids=["512 ranks", "1,024 ranks"])
+@pytest.mark.parametrize("settings", [[], ["parallel.data=64"]], ids=["512 ranks", "1,024 ranks"])
 def test_the_plan_of_every_stage_of_the_full_size_job_is_what_its_code_does(settings: list[str], stage: int) -> None:
     run = decode_config(FULL_SIZE, settings).config
     assert_planned(run, rehearse(run, stage * world_size(run.parallel) // 8 + stage))
