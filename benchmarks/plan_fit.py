@@ -28,6 +28,7 @@ START: dict[str, tuple[float, float, float]] = {
     "matmul_traffic": (1.0, 0.5, 4.0),
     "expert_matmul": (0.85, 0.5, 1.0),
     "attention": (0.45, 0.25, 0.7),
+    "older_attention": (0.31, 0.2, 0.5),
     "memory": (0.80, 0.5, 0.95),
     "moved": (1.0, 0.7, 3.0),
     "eager": (2.5, 1.0, 5.0),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks import published_memory
 from benchmarks.plan_fit import START, fit, leave_one_source_out, predict
 from benchmarks.published_runs import PublishedRun, load_runs
 from megagrok.plan.constants import CONSTANTS
@@ -19,6 +20,12 @@ from megagrok.plan.flops import training_flops_per_token
 from megagrok.plan.step_time import step_seconds
 
 PAGE = Path(__file__).parent.parent / "docs/plan/validation.md"
+MEMORY = (
+    "No constant is fitted. nanotron's figure is the peak of the update: weights, gradients, optimizer state and "
+    "buffers; Megatron-Bridge's is the peak of the step. The goals were 5 % for weights and optimizer, 10 % for all "
+    "that is allocated. Moonlight's recipe keeps AdamW's moments in bf16, which its rows do not say: the last column "
+    "has them."
+)
 FAR_OFF = 0.25
 GOAL = 0.10
 CALCULON = (0.0365, 0.0887)
@@ -94,7 +101,8 @@ def validation_page() -> str:
         for line, speed in leave_one_source_out(runs).items()
     }
     on_h100 = [run for run in runs if run.machine.gpu.name == "h100"]
-    worst = sorted(held, key=lambda run: -abs(unseen[run.line]))[:10]
+    by_title = {run.title: run for run in sorted(held, key=lambda run: abs(unseen[run.line]))}
+    worst = sorted(by_title.values(), key=lambda run: -abs(unseen[run.line]))[:10]
     families = sorted({family for run in on_h100 for family in run.families})
     other_gpu = [run for run in runs if run not in on_h100]
     sections = [
@@ -125,7 +133,7 @@ def validation_page() -> str:
                 for source in dict.fromkeys(run.source for run in held)
             ),
         ),
-        "## The worst ten, left out\n\n"
+        "## The worst ten, left out\n\nOf jobs that several rows publish, the worst row.\n\n"
         + _table(
             ("row", "published", "predicted", "error", "most of the predicted step", "why"),
             (
@@ -135,6 +143,7 @@ def validation_page() -> str:
         ),
         "## Tagged\n\nBy what was published, never by an error; the constants have not seen them.\n\n"
         + _table(("row", "published", "predicted", "error", "tag"), (_row(run, unseen) for run in on_h100 if run.tag)),
+        "## Memory\n\n" + MEMORY + "\n\n" + "\n".join(published_memory.page(published_memory.memory_rows(runs))),
         "## Constants\n\nFitted to all untagged runs; `megagrok/plan/constants.py` has these values.\n\n"
         + _table(
             ("constant", "from", "fit"),

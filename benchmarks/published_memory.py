@@ -10,15 +10,13 @@ them in bf16: Moonlight's (recipes/moonlight/moonlight_16b.py: exp_avg_dtype and
 six rows are the outliers; a column tells what the prediction would be.
 """
 
-import csv
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from published_runs import RUNS, PublishedRun, load_runs
-
-from megagrok.plan.memory import params_of_layers, pipeline_layers, state_of, total_shape_params
+from benchmarks.published_runs import PublishedRun, load_runs
+from megagrok.plan.memory import params_of_layers, pipeline_layers, state_of
 from megagrok.plan.shape import Habits, Shape
 from megagrok.plan.stage_memory import stage_memory, update_memory
 
@@ -60,8 +58,7 @@ class MemorySummary:
 def memory_rows(runs: Iterable[PublishedRun] | None = None) -> list[MemoryRow]:
     """Every run that tells its memory, in the order of the file."""
     given = load_runs()[0] if runs is None else runs
-    params = _published_params()
-    return [_row(run, params[run.line]) for run in given if run.allocated_bytes is not None]
+    return [_row(run) for run in given if run.allocated_bytes is not None]
 
 
 def summaries(rows: list[MemoryRow]) -> list[MemorySummary]:
@@ -84,10 +81,10 @@ def summaries(rows: list[MemoryRow]) -> list[MemorySummary]:
     ]
 
 
-def _row(run: PublishedRun, params: float) -> MemoryRow:
+def _row(run: PublishedRun) -> MemoryRow:
     assert run.allocated_bytes is not None
     is_nanotron = run.habits.evens_stages
-    shape = _shape(run, params)
+    shape = run.shape
     habits = _habits(run)
     published = run.allocated_bytes / 1e9 * GIB if is_nanotron else run.allocated_bytes
     layers = pipeline_layers(shape, run.layout.pipeline, habits.evens_stages)
@@ -125,24 +122,6 @@ def _habits(run: PublishedRun) -> Habits:
     if "Megatron-Bridge" in run.source:
         return replace(run.habits, gradient_bytes=2)
     return run.habits
-
-
-def _shape(run: PublishedRun, params: float) -> Shape:
-    """Gated or not, one table or two: whichever comes nearest to the published number of parameters; between equals a
-    gated MLP. A table on the first stage and one on the last are both counted there."""
-    if run.shape.experts:
-        return run.shape
-    choices = [replace(run.shape, ffn_matrices=n, tied=tied) for n in (3, 2) for tied in (False, True)]
-    return min(choices, key=lambda shape: round(abs(_params(shape) - params) / 1e7))
-
-
-def _params(shape: Shape) -> int:
-    return total_shape_params(shape) - (shape.vocab * shape.hidden if shape.tied else 0)
-
-
-def _published_params() -> dict[int, float]:
-    with RUNS.open(encoding="utf-8", newline="") as file:
-        return {line: float(row["total_params_B"] or 0) * 1e9 for line, row in enumerate(csv.DictReader(file), start=2)}
 
 
 def page(rows: list[MemoryRow]) -> list[str]:

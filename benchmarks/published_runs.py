@@ -23,6 +23,8 @@ TWIN = 1.25
 """The same job published so many times as fast elsewhere."""
 COLLAPSE = 1.7
 """Tokens per second and GPU lost within a series of best layouts."""
+DROPPED = 0.10
+"""Of the rows of experts, with a capacity factor of 1: what each expert gets beyond an even share. Assumed."""
 
 
 class Incomplete(Exception):
@@ -139,8 +141,11 @@ def _shape(row: dict[str, str]) -> Shape:
         vocab=vocab,
         tied=False,
     )
-    # Gated or not: whichever comes nearer to the published number of parameters.
-    shape = min((replace(shape, ffn_matrices=n) for n in (3, 2)), key=lambda shape: abs(_total_params(shape) - total))
+    # Gated or not, two tables or one: whichever comes nearest to the published parameters; between equals, this order.
+    # Not so where experts are: their first layers are often dense, which no column says, and outweigh a table.
+    tables = (False,) if experts else (False, True)
+    choices = [replace(shape, ffn_matrices=matrices, tied=tied) for matrices in (3, 2) for tied in tables]
+    shape = min(choices, key=lambda shape: round(abs(_total_params(shape) - total) / 1e7))
     counted = matmul_params_per_token(shape) + vocab * hidden
     if counted > 1.15 * active and experts:
         # Latent attention: its projections are what the published active parameters leave for them.
@@ -154,7 +159,7 @@ def _shape(row: dict[str, str]) -> Shape:
 def _total_params(shape: Shape) -> float:
     mlp = shape.ffn_matrices * shape.hidden
     width = shape.shared_ffn + shape.experts * shape.expert_ffn if shape.experts else shape.dense_ffn
-    return shape.layers * (shape.attention_params + mlp * width) + 2 * shape.vocab * shape.hidden
+    return shape.layers * (shape.attention_params + mlp * width) + (1 if shape.tied else 2) * shape.vocab * shape.hidden
 
 
 def _layout(row: dict[str, str], shape: Shape) -> Layout:
@@ -192,10 +197,11 @@ def _layout(row: dict[str, str], shape: Shape) -> Layout:
 
 
 def _chunks(row: dict[str, str], shape: Shape, pipeline: int) -> int:
-    """Interleaving that is not stated: as fine as Megatron can, up to 12, for these are tuned runs."""
+    """Interleaving that is not stated: none in Megatron-Bridge, whose recipes name it where they have it, and nanotron;
+    elsewhere as fine as Megatron can, up to 12, for these are tuned runs."""
     if row["VP"].isdecimal():
         return int(row["VP"])
-    if pipeline == 1 or "OneForwardOneBackward" in row["notes"]:
+    if pipeline == 1 or "OneForwardOneBackward" in row["notes"] or "Megatron-Bridge" in row["source"]:
         return 1
     layers = -(-shape.layers // pipeline)
     return max(chunks for chunks in range(1, 13) if layers % chunks == 0)
@@ -215,12 +221,15 @@ def _habits(row: dict[str, str]) -> Habits:
         fused=not is_nanotron and not sharding.startswith("FSDP ") and "eager" not in row["precision"],
         graphs="CUDA graphs" in notes or "canonical" in notes,
         dispatch="fused" if tuned or (re.search("DeepEP|HybridEP", notes) and "NCCL" not in notes) else "all_to_all",
-        overlaps_tensor=is_bridge or "async=True" in notes or "NeMo" in row["source"],
+        overlaps_tensor=is_bridge
+        or "async=True" in notes
+        or re.search("NeMo|NVIDIA/Megatron-LM", row["source"]) is not None,
         overlaps_expert=tuned or "EP overlap ON" in notes,
         overlaps_data=not is_nanotron or sharding == "ZeRO-0",
         evens_stages=is_nanotron,
         experts_in_fp8=True,
         reduces_whole=False,
+        dropped=DROPPED if "token-drop" in notes or "tokendrop" in notes else 0.0,
         routing="natural" if re.search("natural routing", notes, re.IGNORECASE) else "balanced",
     )
 
@@ -251,7 +260,8 @@ def _is_same_job(run: PublishedRun, other: PublishedRun) -> bool:
         what = (run.shape, run.habits.dispatch, run.habits.routing, run.habits.graphs)
         return (*what, at.tensor, at.pipeline, at.context, at.expert, at.data, at.seq_len, at.precision)
 
-    return job(run) == job(other)
+    # A trainer that drops rows does less: if it is the slower one all the same, it is the same job and more.
+    return job(run) == job(other) and other.habits.dropped <= run.habits.dropped
 
 
 def _shows_collapse(run: PublishedRun, other: PublishedRun) -> bool:

@@ -11,63 +11,65 @@ from dataclasses import dataclass
 class Constants:
     """Rates are shares of a data sheet's peak, hidden parts are shares of a message's time."""
 
-    matmul_bf16: float = 0.713
+    matmul_bf16: float = 0.719
     """Of the bf16 peak, where only arithmetic counts. Fit; from 0.72, 0.80 is the best of any shape (MAMF)."""
     matmul_fp8: float = 0.75
     """Of the fp8 peak. Fit; from 0.60, best shape 0.71 (MAMF). What it costs to cast is counted apart."""
-    matmul_traffic: float = 0.771
+    matmul_traffic: float = 0.704
     """Times that operands, results and gradient sums of a matmul cross the memory, not hidden. Fit; from 1."""
-    expert_matmul: float = 0.885
+    expert_matmul: float = 0.862
     """Rate of a grouped matmul over a plain one. Fit; from 0.85."""
-    attention: float = 0.46
+    attention: float = 0.439
     """Of the bf16 peak, both passes. Fit; from 0.45, FlashAttention-3 and cuDNN reach 0.53 to 0.6 forward."""
-    memory: float = 0.755
+    older_attention: float = 0.314
+    """The same of FlashAttention-2, which trainers without fused kernels call. Fit; from 0.31: 308 TFLOP/s at 8k."""
+    memory: float = 0.801
     """Of the memory's bandwidth. Fit; from 0.8."""
-    moved: float = 0.951
+    moved: float = 0.94
     """Bytes of fused element-wise work over those of `work.py`. Fit; from 1."""
-    eager: float = 2.45
+    eager: float = 2.35
     """The same for one torch call per operation, over fused. Fit; from 2.5."""
-    cast_fp8: float = 1.75
+    cast_fp8: float = 2.15
     """Bytes of scaling and casting for each element of an fp8 matmul. Fit; from 3: read 2, write 1."""
-    launch: float = 1.87e-05
+    launch: float = 2.24e-05
     """Seconds of the host per kernel. Fit; from 19e-6, 11 to 18e-6 for the launch alone (dgxc-benchmarking)."""
-    launch_fp8: float = 1.17
+    launch_fp8: float = 1.0
     """The same under fp8, over bf16: scales and casts are kernels too. Fit; from 1.5."""
     graphed: float = 0.5
     """Host time that is left where CUDA graphs replay a part of the layer. Fit; from 0.5."""
-    nvlink: float = 0.777
+    nvlink: float = 0.707
     """Of the links' bandwidth, large collectives. Fit; from 0.65."""
-    network: float = 0.817
+    network: float = 0.799
     """Of a port's bandwidth. Fit; from 0.65, 0.85 for large messages of one ring."""
     network_fall: float = 0.0178
     """A port's rate falls with the number of nodes to this power. Fit; from 0.02."""
-    rails: float = 0.802
+    rails: float = 0.804
     """A ring's rate between nodes grows with its ranks in a node to this power. Fit; from 0.8."""
-    exchange: float = 0.866
+    exchange: float = 0.869
     """Rate of an all-to-all over that of a ring. Fit; from 0.8."""
-    nvlink_latency: float = 7.89e-06
+    nvlink_latency: float = 7.94e-06
     """Seconds per collective and doubling of ranks within a node. Fit; from 8e-6."""
     network_latency: float = 1.99e-05
     """Seconds per collective and doubling of nodes. Fit; from 20e-6."""
-    hop: float = 9.7e-05
+    hop: float = 0.000101
     """Seconds between two pipeline stages, besides the bytes. Fit; from 1e-4."""
     interleaved_hop: float = 0.2
     """Share of hops that is waited for where chunks interleave: they travel while others compute. Assumed."""
-    tensor_hidden: float = 0.556
+    tensor_hidden: float = 0.579
     """Behind matmuls, where the trainer overlaps them. Fit; from 0.5."""
     context_hidden: float = 0.7
     """Behind attention, where the trainer sends keys around a ring. Assumed."""
-    expert_hidden: float = 0.539
+    expert_hidden: float = 0.534
     """Behind other micro-batches, where the trainer overlaps them. Fit; from 0.6."""
-    data_hidden: float = 0.681
+    data_hidden: float = 0.675
     """Behind the last backward pass, where the trainer overlaps them. Fit; from 0.7."""
-    straggler: float = 0.00951
+    straggler: float = 0.00972
     """Of the step, per doubling of nodes: the slowest rank is waited for. Fit; from 0.01."""
     natural: float = 0.246
     """Of the experts' time and messages, more on the fullest rank if routing is not forced. Fit; from 0.25."""
-    update: float = 64.9
+    update: float = 53.3
     """Bytes that the optimizer moves for each parameter of a rank's shard. Fit; from 40."""
-    step: float = 0.0365
+    step: float = 0.0278
     """Seconds that no other part has: data, clipping, logging. Fit; from 0.02."""
 
 

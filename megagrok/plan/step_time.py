@@ -155,7 +155,8 @@ class _Rates:
         cast += sum(self._cast_bytes(item, expert_precision) for item in work.expert_matmuls)
         slower = 1.0 if habits.fused else constants.eager
         peak = gpu.peak("bf16" if self.precision == "fp8" else self.precision)
-        core = work.attention_flops / (peak * constants.attention) + work.score_bytes / bandwidth
+        peak *= constants.attention if habits.fused or habits.attention == "scores" else constants.older_attention
+        core = work.attention_flops / peak + work.score_bytes / bandwidth
         attention = core * (ATTENTION_PASSES if habits.attention == "flash" else 3.0)
         moved = (3 * constants.moved * slower * work.moved_bytes + cast) / bandwidth
         tensor = self._messages_seconds(work, part, "tensor", constants.tensor_hidden * habits.overlaps_tensor)

@@ -148,7 +148,8 @@ def layer_work(shape: Shape, part: Slice, habits: Habits, has_experts: bool) -> 
             backward.append(Message("tensor", "all_gather", whole))
         # Sort, regroup and their inverses read and write every row; then the gated product.
         moved += (8.0 * rows * h + shape.ffn_matrices * rows * width) * size
-        kernels += 150 + (0 if habits.experts == "grouped" else 4 * local)
+        # Without a capacity, sizes follow the counts of tokens, which the host waits for and passes on.
+        kernels += (100 if habits.dropped else 150) + (0 if habits.experts == "grouped" else 4 * local)
     return Work(
         tuple(matmuls),
         tuple(expert_matmuls),

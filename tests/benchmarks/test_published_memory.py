@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from published_memory import memory_rows, summaries
+from benchmarks.published_memory import memory_rows, summaries
 
 
 def test_weights_gradients_and_optimizer_of_published_runs_are_predicted() -> None:
