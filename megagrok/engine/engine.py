@@ -358,7 +358,11 @@ def _build_chunks(
             post_process=groups.is_last_stage and number == num_chunks - 1,
             vp_stage=number if num_chunks > 1 else None,
         )
-        chunks.append(chunk.to(device=platform.device, dtype=config.params_dtype))
+        chunk = chunk.to(device=platform.device)
+        for parameter in chunk.parameters():
+            # Not chunk.to(dtype): it would round buffers too, and the routers' loads are fp64.
+            parameter.data = parameter.data.to(config.params_dtype)
+        chunks.append(chunk)
     return chunks
 
 

@@ -60,6 +60,7 @@ def test_routers_hold_the_previous_steps_load_on_every_rank(name: str) -> None:
             assert step.totals.balance_sum == pytest.approx(before.totals.balance_sum, rel=1e-6)
             assert step.update.grad_norm == pytest.approx(before.grad_norm, rel=2 * tolerance.LAYOUT_GRAD_NORM)
             for layer, load_E in held[number].items():
+                assert load_E.dtype == torch.float64
                 assert torch.equal(load_E, loads[number][layer])
     saved = of_kind("router_load", whole(state for *_, state in by_rank))
     assert saved.keys() == {str(layer) for layer in range(model.num_layers)}
