@@ -83,6 +83,7 @@ def test_more_micro_batches_leave_less_bubble_and_chunks_less_still() -> None:
     # Chunks halve fill and drain, and halve them again; the wait for the head's stage stays.
     waits = [step_seconds(SHAPE, replace(few, virtual_pipeline=chunks), H100, MEGAGROK).bubble for chunks in (1, 2, 4)]
     assert waits[0] - waits[1] == pytest.approx(2 * (waits[1] - waits[2]))
+    assert waits[1] < waits[0]
 
 
 def test_ranks_in_a_node_talk_faster_than_ranks_apart_and_one_rank_is_silent() -> None:
