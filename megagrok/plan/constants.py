@@ -1,4 +1,5 @@
-"""Every constant of the time model, each with a source or a fit. No constant belongs to a model or to one run.
+"""Every constant of the planner, each with a source, a fit, or the word that it is an estimate. None belongs to a model
+or to one run. Not here: GPUs (gpus.py), failures (failures.py) and the speed of saves (save_cost.py), which are tables.
 
 "Fit" means: benchmarks/published_runs.py, which starts from the value that a source gives and is pulled back to it, so
 that few runs cannot move it far; docs/plan/validation.md says how well runs that were left out are predicted.
@@ -74,3 +75,18 @@ class Constants:
 
 
 CONSTANTS = Constants()
+
+CONTEXT_BYTES = 1_500_000_000
+"""CUDA context, cuBLAS and NCCL's buffers: 1 to 3 GB lie beside what torch allocates. An estimate."""
+SLACK = 0.10
+"""Of activations and working memory: 0.04 that the allocator holds and cannot give out, an estimate; and 0.06, about
+what rehearsals of the 286 B model under full recomputation find beyond what is planned here (5 to 7 %)."""
+EXPERT_SPREAD = 0.40
+"""Standard deviation of one expert's load over the mean load, natural routing under an auxiliary loss. An estimate: the
+fullest of 64 experts had 1.94 times the mean (MaxVio 0.937, softmax gate with auxiliary loss, 1 B parameters, 100 B
+tokens: Wang et al. 2024, arXiv:2408.15664, table of the softmax gates), and the largest of 64 normals is 2.36
+deviations out. Routers balanced without a loss, by bias, come to a tenth of it."""
+SERVER_FACTOR = 10_200 / (8 * 700)
+"""Watts of a whole server per watt of its GPU boards: DGX H100, 10.2 kW at most with eight of 700 W (user guide)."""
+PUE = 1.56
+"""Watts of the site per watt of its servers: mean of Uptime Institute's survey of 2024. New halls: 1.1 to 1.3."""

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
-EXPERT_SPREAD = 0.40
-"""Standard deviation of one expert's load over the mean load, natural routing under an auxiliary loss. An estimate: the
-fullest of 64 experts had 1.94 times the mean (MaxVio 0.937, softmax gate with auxiliary loss, 1 B parameters, 100 B
-tokens: Wang et al. 2024, arXiv:2408.15664, table of the softmax gates), and the largest of 64 normals is 2.36
-deviations out. Routers balanced without a loss, by bias, come to a tenth of it."""
+from megagrok.plan.constants import EXPERT_SPREAD
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,9 @@ Energy is an upper bound: every board at its limit, every server at its rated ma
 
 from dataclasses import dataclass
 
+from megagrok.plan.constants import PUE, SERVER_FACTOR
 from megagrok.plan.gpus import Gpu
 
-SERVER_FACTOR = 10_200 / (8 * 700)
-"""Watts of a whole server per watt of its GPU boards: DGX H100, 10.2 kW at most with eight of 700 W (user guide)."""
-PUE = 1.56
-"""Watts of the site per watt of its servers: mean of Uptime Institute's survey of 2024. New halls: 1.1 to 1.3."""
 SECONDS_PER_HOUR = 3600
 HOURS_PER_DAY = 24
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from megagrok.errors import ConfigError
 from megagrok.plan.calibration import Calibration
+from megagrok.plan.constants import PUE, SERVER_FACTOR
 from megagrok.plan.estimate import Estimate, StageBytes, StepSeconds
 from megagrok.plan.flops import CONVENTION
 from megagrok.plan.measured import UNKNOWN_BYTES
 from megagrok.plan.params import total_params
-from megagrok.plan.price import PUE, SERVER_FACTOR, Bill
+from megagrok.plan.price import Bill
 from megagrok.plan.proposal import MODEL_FILE_TOKENS, Proposal
 from megagrok.plan.run_file import run_file, write_run_file
 from megagrok.plan.search import Candidate

@@ -172,5 +172,18 @@ class Habits:
     hidden states each."""
 
 
-MEGAGROK = Habits("scores", "loop", False, False, "all_to_all", False, False, False, False, False, True, "natural")
+MEGAGROK = Habits(
+    attention="scores",
+    experts="loop",
+    fused=False,
+    graphs=False,
+    dispatch="all_to_all",
+    overlaps_tensor=False,
+    overlaps_expert=False,
+    overlaps_data=False,
+    evens_stages=False,
+    experts_in_fp8=False,
+    reduces_whole=True,
+    routing="natural",
+)
 """What the engine of this repository does today."""

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from megagrok.config.schema import Recompute
 from megagrok.plan.activations import LayerBytes, head_bytes, layer_bytes
+from megagrok.plan.constants import CONTEXT_BYTES, SLACK
 from megagrok.plan.cost import StageBytes
 from megagrok.plan.imbalance import skew
 from megagrok.plan.in_flight import chunks_in_flight
@@ -18,11 +19,6 @@ from megagrok.plan.memory import RankParams, StageLayers, params_of_layers, pipe
 from megagrok.plan.shape import Habits, Layout, Shape
 from megagrok.plan.work import Slice
 
-CONTEXT_BYTES = 1_500_000_000
-"""CUDA context, cuBLAS and NCCL's buffers: 1 to 3 GB lie beside what torch allocates. An estimate."""
-SLACK = 0.10
-"""Of activations and working memory: 0.04 that the allocator holds and cannot give out, an estimate; and 0.06, about
-what rehearsals of the 286 B model under full recomputation find beyond what is planned here (5 to 7 %)."""
 FLATTENED_ELEMENTS = 500_000_000
 """DeepSpeed flattens bf16 runs' fp32 gradients in runs of so many (0.19.8 engine.py, buffered_allreduce_fallback)."""
 _NO_LAYER = LayerBytes(0.0, 0.0, 0.0, 0.0)
