@@ -103,7 +103,14 @@ class Command:
         return Done(os.waitstatus_to_exitcode(ended[1]), out, err)
 
     def survivors(self) -> list[int]:
-        """Processes that it started, at any remove, and that are still alive."""
+        """Processes that it started, at any remove, and that stay alive: a library's import may call a tool, which a
+        stop in that moment leaves to end by itself."""
+        patience = time.monotonic() + 2
+        while (found := self._alive()) and time.monotonic() < patience:
+            time.sleep(0.05)
+        return found
+
+    def _alive(self) -> list[int]:
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
