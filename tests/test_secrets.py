@@ -40,7 +40,7 @@ def command_lines(command: Command) -> Iterator[set[bytes]]:
 
     def look() -> None:
         while not ended.is_set():
-            for pid in command.survivors():
+            for pid in command.alive():
                 try:
                     seen.add(Path(f"/proc/{pid}/cmdline").read_bytes())
                 except (FileNotFoundError, ProcessLookupError):

@@ -106,11 +106,12 @@ class Command:
         """Processes that it started, at any remove, and that stay alive: a library's import may call a tool, which a
         stop in that moment leaves to end by itself."""
         patience = time.monotonic() + 2
-        while (found := self._alive()) and time.monotonic() < patience:
+        while (found := self.alive()) and time.monotonic() < patience:
             time.sleep(0.05)
         return found
 
-    def _alive(self) -> list[int]:
+    def alive(self) -> list[int]:
+        """Processes that it started, at any remove, and that are alive now."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():

@@ -131,7 +131,7 @@ def test_a_killed_run_lets_go_of_its_folder(config: Path, tmp_path: Path) -> Non
     assert command.wait().status == -signal.SIGKILL
     # Forked ranks ask the kernel to die with their parent.
     deadline = time.monotonic() + 5
-    while command.survivors():
+    while command.alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     with leased(files, Nodes()) as lease:
