@@ -15,10 +15,7 @@ from functools import lru_cache
 
 from megagrok.config.schema import Recompute
 from megagrok.plan.shape import Habits, Shape
-from megagrok.plan.work import ATTENTION_BLOCKS, Slice
-
-SHORTEST_BLOCK = 64
-"""Queries of a run of them at least (model/attention.py)."""
+from megagrok.plan.work import ATTENTION_BLOCKS, SHORTEST_BLOCK, Slice
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ The planner's own words, so that the one set of formulas prices our runs and pub
 trainers alike. `ModelConfig` and `RunConfig` are translated here, once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megagrok.config.schema import ModelConfig, ParallelConfig, Precision, Recompute, RunConfig
@@ -83,21 +83,12 @@ class Layout:
     @classmethod
     def of(cls, run: RunConfig) -> "Layout":
         """The layout of one of our runs at its full batch."""
-        parallel, train = run.parallel, run.train
-        return cls(
-            tensor=parallel.tensor,
-            sequence=parallel.sequence,
-            pipeline=parallel.pipeline,
-            virtual_pipeline=parallel.virtual_pipeline,
-            context=parallel.context,
-            expert=parallel.expert,
-            expert_tensor=1,
-            data=parallel.data,
-            zero=parallel.zero,
+        train = run.train
+        return replace(
+            cls.of_state(run.parallel, train.precision),
             seq_len=train.seq_len,
             micro_batch=train.micro_batch,
             num_micro_batches=num_micro_batches(run, train.global_batch),
-            precision=train.precision,
             recompute=train.recompute,
         )
 
