@@ -69,11 +69,13 @@ def assert_same(run: RunConfig, real: list[Found], rehearsed: list[Rehearsal]) -
 
 
 def assert_same_memory(real: Memory, rehearsed: Memory) -> None:
-    """State to the byte. The rest but for what real routing does, and for outputs that gloo keeps until they are sent
-    (model/transformer_config.py), a few KiB here."""
+    """State to the byte; the rest within what real routing does. One thing no rehearsal knows: gloo's threads let go of
+    a buffer some time after its collective is over, later on a busy machine. So real communication may hold more, and a
+    peak may lie there instead."""
     state = ("weights", "gradients", "optimizer")
     assert [getattr(real, kind) for kind in state] == [getattr(rehearsed, kind) for kind in state]
-    assert rehearsed.total == pytest.approx(real.total, rel=0.01)
+    assert rehearsed.total <= 1.01 * real.total
+    assert real.total - real.communication <= 1.01 * (rehearsed.total - rehearsed.communication)
 
 
 @pytest.mark.parametrize(
