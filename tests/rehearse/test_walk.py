@@ -1,7 +1,9 @@
 """A rehearsal sees what a real run does: the same recorder in real gloo ranks, which really compute and really send."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from layouts import batch_of, make_run, start
@@ -31,10 +33,22 @@ QUICK = ("experts", "pipeline")
 Found = tuple[tuple[Traffic, ...], tuple[Flops, ...], Moments]
 
 
+class PatientObserver(Observer):
+    """gloo's threads let go of a buffer some time after its collective is over; the operation that follows waits."""
+
+    after_collective = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.after_collective:
+            time.sleep(0.01)
+        self.after_collective = func.namespace == "c10d"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def real_step(_ranks: Ranks, run: RunConfig) -> Found:
     groups = start(run)
     collectives = Collectives(kinds_of_groups(groups))
-    observer = Observer(collectives)
+    observer = PatientObserver(collectives)
     moments = take_step(run, groups, CPU, observer, batch_of(run, 0, groups))
     walked = num_micro_batches(run, run.train.global_batch)
     return collectives.traffic(walked), observer.flops(walked), moments
@@ -69,13 +83,11 @@ def assert_same(run: RunConfig, real: list[Found], rehearsed: list[Rehearsal]) -
 
 
 def assert_same_memory(real: Memory, rehearsed: Memory) -> None:
-    """State to the byte; the rest within what real routing does. One thing no rehearsal knows: gloo's threads let go of
-    a buffer some time after its collective is over, later on a busy machine. So real communication may hold more, and a
-    peak may lie there instead."""
+    """State to the byte. The rest but for what real routing does, and for outputs that gloo keeps until they are sent
+    (model/transformer_config.py), a few KiB here."""
     state = ("weights", "gradients", "optimizer")
     assert [getattr(real, kind) for kind in state] == [getattr(rehearsed, kind) for kind in state]
-    assert rehearsed.total <= 1.01 * real.total
-    assert real.total - real.communication <= 1.01 * (rehearsed.total - rehearsed.communication)
+    assert rehearsed.total == pytest.approx(real.total, rel=0.01)
 
 
 @pytest.mark.parametrize(
