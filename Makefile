@@ -16,7 +16,7 @@ setup: $(INSTALLED)
 
 # In two steps and without build isolation: DeepSpeed comes as source, and its build asks the torch that is installed.
 # DS_BUILD_OPS=0 builds none of its C++ and CUDA parts; megagrok uses none of them.
-$(INSTALLED): setup.py constraints-cpu.txt $(wildcard kernels/__init__.py)
+$(INSTALLED): setup.py constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megagrok needs Python 3.11 or newer, this is " \
 		+ sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -9,13 +9,9 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megagrok/__init__.py").read_text(encoding="utf-8"), re.M)
 assert VERSION is not None, "megagrok/__init__.py has no __version__"
 
-# kernels/ lies at the top of the repository, where its readers look for it, and installs as megagrok.kernels:
-# a package called `kernels` would collide with another project's.
+# megagrok/kernels is a link to kernels/, which lies at the top of the repository, where its readers look for it: a
+# package called `kernels` would collide with another project's.
 PACKAGES = find_packages(include=["megagrok", "megagrok.*"])
-PACKAGE_DIR = {}
-if (HERE / "kernels/__init__.py").exists():
-    PACKAGE_DIR["megagrok.kernels"] = "kernels"
-    PACKAGES += ["megagrok.kernels", *(f"megagrok.kernels.{name}" for name in find_packages("kernels"))]
 
 # What every machine needs: settings, plan, data, checkpoints, telemetry.
 CORE = [
@@ -46,6 +42,7 @@ DEV = [
     "ruff>=0.12",
     "safetensors>=0.5",
     "scipy>=1.13",
+    "triton>=3.4",
     "types-PyYAML",
     "types-tqdm",
 ]
@@ -57,7 +54,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_dir=PACKAGE_DIR,
     install_requires=CORE,
     extras_require={
         "cpu": ["torch==2.13.0", *ENGINE],

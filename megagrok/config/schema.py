@@ -14,6 +14,8 @@ SpikePolicy = Literal["ignore", "stop", "skip", "rewind"]
 Precision = Literal["fp32", "bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
 ScheduleKind = Literal["constant", "wsd", "cosine"]
+Kernel = Literal["auto", "torch", "triton"]
+ExpertsKernel = Literal["auto", "torch", "grouped_mm", "triton"]
 SourceKind = Literal["python_stdlib", "text", "jsonl", "parquet"]
 
 
@@ -255,6 +257,24 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KernelsConfig:
+    """Which implementation of an operation runs, looked at once when the model is built. All compute the same."""
+
+    attention: Kernel = "auto"
+    """Soft-capped causal attention. auto, here and below: the fastest that was measured on such a device."""
+    cross_entropy: Kernel = "auto"
+    """Output head, final soft-cap and loss; logits never exist whole."""
+    experts: ExpertsKernel = "auto"
+    """The experts' gated MLPs; grouped_mm is torch's grouped matrix product."""
+    norm: Kernel = "auto"
+    """RMSNorm, and the residual sum after it."""
+    permute: Kernel = "auto"
+    """Rows into the order of their experts, and back."""
+    router: Kernel = "auto"
+    """Soft-cap, softmax, choice of experts and what the router is charged for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetryConfig:
     """What is written down, and how often."""
 
@@ -281,6 +301,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
