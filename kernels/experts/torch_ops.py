@@ -1,0 +1,144 @@
+"""The experts as torch matmuls on borrowed memory: the fast implementation on a CPU.
+
+A run is some hundred rows of one expert. Its gathered x, its activations and its results live in scratch memory that
+the next run overwrites, so they stay in the cache and no fresh page is ever touched for them: on a CPU the first touch
+of a page costs more than the arithmetic done on it. Only the pre-activations H are kept whole.
+
+    forward, per run      x = x_ND[source]    H = x gate_up^T    a = gelu(g) u weight    out[source] += a down^T
+    backward, per run     dy = dout[source]   da = dy down       dweight = <da, gelu(g) u>
+                          dH = ...            ddown += dy^T a    dgate_up += dH^T x      dx[source] += dH gate_up
+
+A token visits an expert at most once, so the additions of one run never meet: the sum's order is that of the experts.
+"""
+
+# N rows of x, R rows (one per choice of a token), r rows of a run, e experts of this rank, D hidden, F expert width
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrok.kernels.experts.door import check_shapes
+
+CPU_RUN_ROWS = 512
+"""Rows of a run on a CPU: the matmuls are at their full rate, and a run's activations fit the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows [start, stop) of one expert."""
+
+    expert: int
+    start: int
+    stop: int
+    is_first: bool
+    """Of its expert: it overwrites the weights' gradient, the others add to it."""
+
+
+def mix_experts(
+    x_ND: Tensor,
+    source_R: Tensor,
+    weight_R: Tensor,
+    rows_per_expert: list[int],
+    gate_up_eFD: Tensor,
+    down_eDF: Tensor,
+) -> Tensor:
+    """`megagrok.kernels.experts.Experts`, on any device and in any dtype that torch multiplies there."""
+    check_shapes(x_ND, source_R, weight_R, rows_per_expert, gate_up_eFD, down_eDF)
+    out_ND: Tensor = _MixExperts.apply(x_ND, source_R, weight_R, rows_per_expert, gate_up_eFD, down_eDF)
+    return out_ND
+
+
+def _runs(rows_per_expert: list[int], most: int) -> Iterator[Run]:
+    """Every row once, in order; the runs of an expert are of equal size, but for rounding."""
+    start = 0
+    for expert, rows in enumerate(rows_per_expert):
+        num_runs = -(-rows // most)
+        for number in range(num_runs):
+            yield Run(expert, start + number * rows // num_runs, start + (number + 1) * rows // num_runs, number == 0)
+        start += rows
+
+
+def _most_rows(x_ND: Tensor, rows_per_expert: list[int]) -> int:
+    """Rows of the longest run. A GPU is best with all of an expert's at once."""
+    fullest = max(rows_per_expert, default=0)
+    return max(1, min(fullest, CPU_RUN_ROWS) if x_ND.device.type == "cpu" else fullest)
+
+
+class _MixExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        source_R: Tensor,
+        weight_R: Tensor,
+        rows_per_expert: list[int],
+        gate_up_eFD: Tensor,
+        down_eDF: Tensor,
+    ) -> Tensor:
+        (rows, hidden), (_, _, width) = (len(source_R), x_ND.shape[1]), down_eDF.shape
+        most = _most_rows(x_ND, rows_per_expert)
+        H_RF = x_ND.new_empty(rows, 2 * width)
+        sum_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        x_rD, a_rF, y_rD = x_ND.new_empty(most, hidden), x_ND.new_empty(most, width), x_ND.new_empty(most, hidden)
+        for run in _runs(rows_per_expert, most):
+            part, length = slice(run.start, run.stop), run.stop - run.start
+            x, a, y, H = x_rD[:length], a_rF[:length], y_rD[:length], H_RF[part]
+            torch.index_select(x_ND, 0, source_R[part], out=x)
+            torch.mm(x, gate_up_eFD[run.expert].t(), out=H)
+            torch.ops.aten.gelu.out(H[:, :width], approximate="tanh", out=a)
+            a.mul_(H[:, width:]).mul_(weight_R[part, None])
+            torch.mm(a, down_eDF[run.expert].t(), out=y)
+            sum_ND.index_add_(0, source_R[part], y.to(sum_ND.dtype))
+        ctx.save_for_backward(x_ND, source_R, weight_R, gate_up_eFD, down_eDF, H_RF)
+        ctx.rows_per_expert = rows_per_expert
+        return sum_ND.to(x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dout_ND = grads[0].contiguous()
+        x_ND, source_R, weight_R, gate_up_eFD, down_eDF, H_RF = ctx.saved_tensors
+        hidden, width = x_ND.shape[1], down_eDF.shape[2]
+        most = _most_rows(x_ND, ctx.rows_per_expert)
+        sum_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        dweight_R = torch.empty_like(weight_R)
+        dgate_up_eFD, ddown_eDF = torch.empty_like(gate_up_eFD), torch.empty_like(down_eDF)
+        x_rD, dy_rD, dx_rD = (x_ND.new_empty(most, hidden) for _ in range(3))
+        da_rF, a_rF, dH_rF = x_ND.new_empty(most, width), x_ND.new_empty(most, width), x_ND.new_empty(most, 2 * width)
+        for expert, count in enumerate(ctx.rows_per_expert):
+            if count == 0:
+                dgate_up_eFD[expert].zero_()
+                ddown_eDF[expert].zero_()
+        for run in _runs(ctx.rows_per_expert, most):
+            part, length = slice(run.start, run.stop), run.stop - run.start
+            x, dy, dx = x_rD[:length], dy_rD[:length], dx_rD[:length]
+            da, a, dH = da_rF[:length], a_rF[:length], dH_rF[:length]
+            torch.index_select(dout_ND, 0, source_R[part], out=dy)
+            torch.index_select(x_ND, 0, source_R[part], out=x)
+            torch.mm(dy, down_eDF[run.expert], out=da)
+            dweight_R[part] = _activation_gradients(H_RF[part], weight_R[part, None], da, a, dH)
+            beta = 0 if run.is_first else 1
+            ddown_DF, dgate_up_FD = ddown_eDF[run.expert], dgate_up_eFD[run.expert]
+            torch.addmm(ddown_DF, dy.t(), a, beta=beta, out=ddown_DF)
+            torch.addmm(dgate_up_FD, dH.t(), x, beta=beta, out=dgate_up_FD)
+            torch.mm(dH, gate_up_eFD[run.expert], out=dx)
+            sum_ND.index_add_(0, source_R[part], dx.to(sum_ND.dtype))
+        return sum_ND.to(x_ND.dtype), None, dweight_R, None, dgate_up_eFD, ddown_eDF
+
+
+def _activation_gradients(H_rF: Tensor, weight_r1: Tensor, da_rF: Tensor, a_rF: Tensor, dH_rF: Tensor) -> Tensor:
+    """From da = dy down: fills a_rF with weight * gelu(g) * u and dH_rF; returns dweight_r. Overwrites da_rF."""
+    width = a_rF.shape[1]
+    gate, up = H_rF[:, :width], H_rF[:, width:]
+    dgate, dup = dH_rF[:, :width], dH_rF[:, width:]
+    torch.ops.aten.gelu.out(gate, approximate="tanh", out=a_rF)
+    torch.mul(da_rF, a_rF, out=dup)
+    # <da, gelu(g) u> = <da gelu(g), u>
+    dweight_r = torch.mul(dup, up, out=dgate).sum(-1, dtype=weight_r1.dtype)
+    dup.mul_(weight_r1)
+    a_rF.mul_(up).mul_(weight_r1)
+    da_rF.mul_(up).mul_(weight_r1)
+    torch.ops.aten.gelu_backward.grad_input(da_rF, gate, approximate="tanh", grad_input=dgate)
+    return dweight_r
