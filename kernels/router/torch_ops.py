@@ -41,8 +41,9 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(wide), weight_ED.to(wide))
-        tanh_TE = None if cap is None else logits_TE.div_(cap).tanh_()
-        if tanh_TE is not None:
+        tanh_TE = None
+        if cap is not None:
+            tanh_TE = logits_TE.div_(cap).tanh_()
             logits_TE = tanh_TE * cap
         softmax_TE, lse_T1 = _softmax(logits_TE, is_bounded=cap is not None and cap <= _SAFE_EXPONENT)
         scores_TE, p_TE = softmax_TE, softmax_TE
