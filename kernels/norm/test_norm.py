@@ -7,7 +7,7 @@ from torch import Tensor
 from megagrok.kernels.norm import Norm, choose_norm, reference
 
 EPS = 1e-5
-IMPLEMENTATIONS = ["torch"]
+IMPLEMENTATIONS = ["torch", "triton"]
 # fp32 rounds by 2^-24; sums of up to 1,000 terms, four times their random walk: 4 * sqrt(1000) * 2^-24 = 7.5e-6.
 FP32 = 1e-5
 # bf16 rounds by 2^-9 = 2e-3; twice, where torch's own kernel on a GPU rounds before it adds.

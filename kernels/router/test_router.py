@@ -13,7 +13,7 @@ FP32 = 2e-5
 NO_CAP, LOW_CAP, GROK_CAP, HIGH_CAP = None, 2.0, 30.0, 500.0
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["torch", "triton"])
 def route(request: pytest.FixtureRequest, device: torch.device) -> Router:
     return choose_router(request.param, device)
 

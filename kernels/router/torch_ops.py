@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megagrok.kernels.router import Routed, Scores, check_shapes
+from megagrok.kernels.router.logits import gradients, make_logits
 
 _SAFE_EXPONENT = 80.0
 """exp of no more than this, summed over any number of experts, is finite in fp32: e^80 = 5.5e34."""
@@ -39,8 +39,7 @@ class _Route(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_ED: Tensor, cap: float | None, top_k: int, is_sigmoid: bool, renormalize: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), weight_ED.to(wide))
+        logits_TE = make_logits(x_TD, weight_ED)
         tanh_TE = None
         if cap is not None:
             tanh_TE = logits_TE.div_(cap).tanh_()
@@ -88,12 +87,7 @@ class _Route(torch.autograd.Function):
             dlogits_TE = torch.add(dP_E, along_T1).mul_(softmax_TE).scatter_add_(1, experts_TK, a_TK)
         if tanh_TE is not None:
             dlogits_TE = torch.ops.aten.tanh_backward(dlogits_TE, tanh_TE)
-        dx_TD = dweight_ED = None
-        if ctx.needs_input_grad[0]:
-            dx_TD = (dlogits_TE @ weight_ED.to(dlogits_TE.dtype)).to(x_TD.dtype)
-        if ctx.needs_input_grad[1]:
-            dweight_ED = (dlogits_TE.t() @ x_TD.to(dlogits_TE.dtype)).to(weight_ED.dtype)
-        return dx_TD, dweight_ED, None, None, None, None
+        return *gradients(dlogits_TE, x_TD, weight_ED, ctx.needs_input_grad), None, None, None, None
 
 
 _routed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = _Route.apply
