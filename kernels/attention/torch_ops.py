@@ -1,0 +1,245 @@
+"""Soft-capped causal attention in torch, block by block, so that the scores never lie whole in memory.
+
+The one idea: a block of scores (some kv heads, a run of queries, the keys that they may see) is made, used and
+forgotten while it is in the cache, in either direction; between the two only q, k, v, the result and each query's
+log-sum-exp are kept. Elementwise passes are what a CPU loses its time in, so they are few and cheap ones:
+tanh(x) = 2 sigmoid(2 x) - 1, whose constants go into the factors beside it, and exp(x) = exp2(x / log 2).
+Not for ever larger GPUs: there a block is a handful of launches, and kernel.py has one.
+"""
+
+# s queries, S keys, b micro-batch, h query heads, g kv heads, r = h / g, c head width, n = b * g kv heads of all
+# sequences, m of them in a block, u queries in a block, q = r * u its rows, K keys that they may see
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megagrok.kernels.attention.shapes import check_shapes
+
+_LOG2_E = math.log2(math.e)
+# Bytes of scores in one block: on a CPU what stays in its cache, elsewhere what makes a launch worth its time.
+_CPU_BLOCK_BYTES = 1 << 20
+_DEVICE_BLOCK_BYTES = 1 << 28
+# A run of queries sees the keys up to its last one, so long runs make scores that are masked; short ones cost calls.
+_SHORTEST_RUN = 64
+_MOST_RUNS = 32
+
+
+def attention(
+    q_sbhc: Tensor,
+    k_Sbgc: Tensor,
+    v_Sbgc: Tensor,
+    *,
+    cap: float | None,
+    tau_s: Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """As `megagrok.kernels.attention.Attention` says; any shapes, any floating dtype, any device, also fake tensors."""
+    check_shapes(q_sbhc, k_Sbgc, v_Sbgc, cap, tau_s, positions)
+    result: Tensor = _Attention.apply(q_sbhc, k_Sbgc, v_Sbgc, cap, tau_s, positions)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_sbhc: Tensor,
+        k_Sbgc: Tensor,
+        v_Sbgc: Tensor,
+        cap: float | None,
+        tau_s: Tensor | None,
+        positions: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        problem = _Problem(q_sbhc, k_Sbgc, cap, tau_s, positions)
+        result_sbhc = torch.empty_like(q_sbhc, memory_format=torch.contiguous_format)
+        log2_sums_nrs = q_sbhc.new_empty(problem.n, problem.r, problem.s, 1, dtype=problem.wide)
+        _mix(problem, q_sbhc, k_Sbgc, v_Sbgc, result_sbhc, log2_sums_nrs)
+        ctx.cap = cap
+        ctx.save_for_backward(q_sbhc, k_Sbgc, v_Sbgc, result_sbhc, log2_sums_nrs, tau_s, *(positions or ()))
+        return result_sbhc.flatten(-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_sbhc, k_Sbgc, v_Sbgc, result_sbhc, log2_sums_nrs, tau_s, *rest = ctx.saved_tensors
+        positions = (rest[0], rest[1]) if rest else None
+        problem = _Problem(q_sbhc, k_Sbgc, ctx.cap, tau_s, positions)
+        grad_sbhc = grads[0].reshape(q_sbhc.shape)
+        dq, dk, dv = _unmix(problem, q_sbhc, k_Sbgc, v_Sbgc, result_sbhc, log2_sums_nrs, grad_sbhc)
+        return dq, dk, dv, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Kv heads [head, last_head), queries [start, end), keys [0, num_keys)."""
+
+    head: int
+    last_head: int
+    start: int
+    end: int
+    num_keys: int
+
+
+class _Problem:
+    """Sizes, factors and masks that both directions share."""
+
+    def __init__(
+        self,
+        q_sbhc: Tensor,
+        k_Sbgc: Tensor,
+        cap: float | None,
+        tau_s: Tensor | None,
+        positions: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self.s, b, h, self.c = q_sbhc.shape
+        self.S, _, g, _ = k_Sbgc.shape
+        self.n, self.r = b * g, h // g
+        self.cap, self.positions = cap, positions
+        self.device = q_sbhc.device
+        self.wide = torch.promote_types(q_sbhc.dtype, torch.float32)
+        self.tau_s1 = None if tau_s is None else tau_s.to(self.wide)[:, None]
+        # Of the product q k: into the sigmoid, whose argument is twice that of the tanh.
+        self.scale = self.c**-0.5 if cap is None else self.c**-0.5 * 2 / cap
+        # From there to log2 of the unnormalised weight. tanh's -1 is the same for all keys of a query: it cancels.
+        self.log2_scale = _LOG2_E if cap is None else _LOG2_E * 2 * cap
+        # Of d score / d (q k), beside sigmoid' = w (1 - w): d tanh(x) / dx = 1 - tanh^2 = 4 w (1 - w).
+        self.slope = self.c**-0.5 if cap is None else self.c**-0.5 * 4
+
+    def blocks(self) -> Iterator[_Block]:
+        """Runs of queries within groups of heads, so that the gradients of keys and values stay near."""
+        is_square = self.positions is None
+        run = max(_SHORTEST_RUN, math.ceil(self.s / _MOST_RUNS))
+        bytes_of_head = run * max(1, self.S) * self.r * self.wide.itemsize
+        budget = _CPU_BLOCK_BYTES if self.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+        heads = min(self.n, max(1, budget // bytes_of_head)) or 1
+        for head in range(0, self.n, heads):
+            for start in range(0, self.s, run):
+                end = min(start + run, self.s)
+                yield _Block(head, min(head + heads, self.n), start, end, end if is_square else self.S)
+
+    def squashed(self, q_mqc: Tensor, k_mKc: Tensor) -> Tensor:
+        """sigmoid(2 q k / sqrt(c) / cap), or q k / sqrt(c) without a cap; [m, q, K]."""
+        any_mqK = q_mqc.new_empty(()).expand(q_mqc.shape[0], q_mqc.shape[1], k_mKc.shape[1])
+        scores_mqK = torch.baddbmm(any_mqK, q_mqc, k_mKc.mT, beta=0, alpha=self.scale).to(self.wide)
+        return scores_mqK if self.cap is None else scores_mqK.sigmoid_()
+
+    def mask(self, scores_mqK: Tensor, block: _Block) -> None:
+        """Write -inf where a key is later than the query."""
+        scores_mruK = self.by_query(scores_mqK, block)
+        if self.positions is None:
+            # Keys before the run are early enough for all of it.
+            early = block.start
+            positions_u = positions_K = torch.arange(block.end - early, device=self.device)
+        else:
+            early = 0
+            positions_u, positions_K = self.positions[0][block.start : block.end], self.positions[1]
+        is_later_uK = positions_K[None, :] > positions_u[:, None]
+        bias_uK = torch.zeros_like(is_later_uK, dtype=self.wide).masked_fill_(is_later_uK, -math.inf)
+        scores_mruK[..., early:].add_(bias_uK)
+
+    def by_query(self, x_mqX: Tensor, block: _Block) -> Tensor:
+        """View of rows as [m, r, u, X]."""
+        return x_mqX.view(x_mqX.shape[0], self.r, block.end - block.start, x_mqX.shape[2])
+
+    def rows(self, x_sbhc: Tensor, block: _Block) -> Tensor:
+        """Copy of a block's queries, or of what has their shape: [m, q, c]."""
+        x_unrc = x_sbhc[block.start : block.end].reshape(-1, self.n, self.r, self.c)
+        x_mruc = x_unrc[:, block.head : block.last_head].permute(1, 2, 0, 3)
+        return x_mruc.reshape(block.last_head - block.head, -1, self.c)
+
+    def view(self, x_sbhc: Tensor, block: _Block) -> Tensor:
+        """The same rows where they lie: [m, r, u, c]."""
+        x_umrc = x_sbhc.view(self.s, self.n, self.r, self.c)[block.start : block.end, block.head : block.last_head]
+        return x_umrc.permute(1, 2, 0, 3)
+
+    def tau(self, block: _Block) -> Tensor | float:
+        """Factor of each query of a block: [u, 1], or 1."""
+        return 1.0 if self.tau_s1 is None else self.tau_s1[block.start : block.end]
+
+    def by_head(self, x_Sbgc: Tensor) -> Tensor:
+        """[n, S, c], each head's keys or values in a row."""
+        return x_Sbgc.reshape(self.S, self.n, self.c).transpose(0, 1).contiguous()
+
+
+def _mix(
+    problem: _Problem, q_sbhc: Tensor, k_Sbgc: Tensor, v_Sbgc: Tensor, result_sbhc: Tensor, log2_sums_nrs1: Tensor
+) -> None:
+    """Fill in the result, and log2 of each query's sum of weights as the backward pass makes them again."""
+    k_nSc, v_nSc = problem.by_head(k_Sbgc), problem.by_head(v_Sbgc)
+    for block in problem.blocks():
+        heads = slice(block.head, block.last_head)
+        k_mKc, v_mKc = k_nSc[heads, : block.num_keys], v_nSc[heads, : block.num_keys]
+        scores_mqK = problem.squashed(problem.rows(q_sbhc, block), k_mKc)
+        problem.mask(scores_mqK, block)
+        if problem.tau_s1 is not None:
+            problem.by_query(scores_mqK, block).mul_(problem.tau(block))
+        highest_mq1 = scores_mqK.amax(dim=-1, keepdim=True).mul_(problem.log2_scale)
+        weights_mqK = torch.sub(scores_mqK.mul_(problem.log2_scale), highest_mq1, out=scores_mqK).exp2_()
+        sums_mq1 = weights_mqK.sum(dim=-1, keepdim=True)
+        mixed_mqc = torch.bmm(weights_mqK.to(v_mKc.dtype), v_mKc)
+        view_mruc = problem.view(result_sbhc, block)
+        torch.div(problem.by_query(mixed_mqc, block), problem.by_query(sums_mq1, block), out=view_mruc)
+        log2_sums_mq1 = sums_mq1.log2_().add_(highest_mq1)
+        log2_sums_nrs1[heads, :, block.start : block.end] = problem.by_query(log2_sums_mq1, block)
+
+
+def _unmix(
+    problem: _Problem,
+    q_sbhc: Tensor,
+    k_Sbgc: Tensor,
+    v_Sbgc: Tensor,
+    result_sbhc: Tensor,
+    log2_sums_nrs1: Tensor,
+    grad_sbhc: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. Those of keys and values gather in fp32, transposed: so their products run faster."""
+    dtype, wide = q_sbhc.dtype, problem.wide
+    k_nSc, v_nSc = problem.by_head(k_Sbgc), problem.by_head(v_Sbgc)
+    grad_q_sbhc = torch.empty_like(q_sbhc, memory_format=torch.contiguous_format)
+    grad_k_ncS, grad_v_ncS = q_sbhc.new_zeros(2, problem.n, problem.c, problem.S, dtype=wide)
+    for block in problem.blocks():
+        heads = slice(block.head, block.last_head)
+        k_mKc, v_mKc = k_nSc[heads, : block.num_keys], v_nSc[heads, : block.num_keys]
+        q_mqc, grad_mqc = problem.rows(q_sbhc, block), problem.rows(grad_sbhc, block)
+        inner_mq1 = (grad_mqc * problem.rows(result_sbhc, block)).sum(dim=-1, keepdim=True, dtype=wide)
+        squashed_mqK = problem.squashed(q_mqc, k_mKc)
+        weights_mqK = _weights_again(problem, squashed_mqK, log2_sums_nrs1, block)
+        _add_product(grad_v_ncS[heads, :, : block.num_keys], grad_mqc.mT, weights_mqK.to(dtype))
+        grad_scores_mqK = torch.bmm(grad_mqc, v_mKc.mT).to(wide).sub_(inner_mq1).mul_(weights_mqK)
+        if problem.cap is not None:
+            torch.ops.aten.sigmoid_backward.grad_input(grad_scores_mqK, squashed_mqK, grad_input=grad_scores_mqK)
+        slope = problem.tau(block) * problem.slope
+        narrow_mqK = grad_scores_mqK.to(dtype)
+        grad_q_mruc = problem.by_query(torch.bmm(narrow_mqK, k_mKc), block)
+        torch.mul(grad_q_mruc, slope, out=problem.view(grad_q_sbhc, block))
+        steep_mqc = (problem.by_query(q_mqc, block) * slope).to(dtype).view(q_mqc.shape)
+        _add_product(grad_k_ncS[heads, :, : block.num_keys], steep_mqc.mT, narrow_mqK)
+    b, g = k_Sbgc.shape[1:3]
+    grad_k_Sbgc, grad_v_Sbgc = (
+        x_ncS.permute(2, 0, 1).reshape(problem.S, b, g, problem.c).to(dtype) for x_ncS in (grad_k_ncS, grad_v_ncS)
+    )
+    return grad_q_sbhc, grad_k_Sbgc, grad_v_Sbgc
+
+
+def _weights_again(problem: _Problem, squashed_mqK: Tensor, log2_sums_nrs1: Tensor, block: _Block) -> Tensor:
+    """The weights of a block as the forward pass had them, divided by their sums."""
+    sums_mru1 = log2_sums_nrs1[block.head : block.last_head, :, block.start : block.end]
+    factor = problem.tau(block) * problem.log2_scale
+    log2_mruK = torch.mul(problem.by_query(squashed_mqK, block), factor).sub_(sums_mru1)
+    weights_mqK = log2_mruK.view(squashed_mqK.shape)
+    problem.mask(weights_mqK, block)
+    return weights_mqK.exp2_()
+
+
+def _add_product(sum_mcK: Tensor, a_mcq: Tensor, b_mqK: Tensor) -> None:
+    """sum += a b; in one step where the sum has their dtype."""
+    if sum_mcK.dtype == a_mcq.dtype:
+        torch.baddbmm(sum_mcK, a_mcq, b_mqK, out=sum_mcK)
+    else:
+        sum_mcK.add_(torch.bmm(a_mcq, b_mqK))
