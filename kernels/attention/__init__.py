@@ -39,9 +39,9 @@ class Attention(Protocol):
 def choose_attention(wanted: str, device: torch.device) -> Attention:
     """The implementation called `wanted`, or the one that `auto` means there. Raises KernelError if there is none."""
     if choose("attention", wanted, device) == "triton":
-        from megagrok.kernels.attention import kernel
+        import megagrok.kernels.attention.kernel as triton_ops
 
-        return kernel.attention
-    from megagrok.kernels.attention import torch_ops
+        return triton_ops.attention
+    import megagrok.kernels.attention.torch_ops as torch_ops
 
     return torch_ops.attention

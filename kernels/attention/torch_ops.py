@@ -11,7 +11,7 @@ Not for ever larger GPUs: there a block is a handful of launches, and kernel.py 
 # sequences, m of them in a block, u queries in a block, q = r * u its rows, K keys that they may see
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,7 @@ def attention(
 ) -> Tensor:
     """As `megagrok.kernels.attention.Attention` says; any shapes, any floating dtype, any device, also fake tensors."""
     check_shapes(q_sbhc, k_Sbgc, v_Sbgc, cap, tau_s, positions)
-    result: Tensor = _Attention.apply(q_sbhc, k_Sbgc, v_Sbgc, cap, tau_s, positions)
-    return result
+    return _attention(q_sbhc, k_Sbgc, v_Sbgc, cap, tau_s, positions)
 
 
 class _Attention(torch.autograd.Function):
@@ -73,6 +72,9 @@ class _Attention(torch.autograd.Function):
         grad_sbhc = grads[0].reshape(q_sbhc.shape)
         dq, dk, dv = _unmix(problem, q_sbhc, k_Sbgc, v_Sbgc, result_sbhc, log2_sums_nrs, grad_sbhc)
         return dq, dk, dv, None, None, None
+
+
+_attention: Callable[..., Tensor] = _Attention.apply
 
 
 @dataclass(frozen=True, slots=True)
