@@ -2,7 +2,8 @@
 
 A run is some hundred rows of one expert. Its gathered x, its activations and its results live in scratch memory that
 the next run overwrites, so they stay in the cache and no fresh page is ever touched for them: on a CPU the first touch
-of a page costs more than the arithmetic done on it. Only the pre-activations H are kept whole.
+of a page costs more than the arithmetic done on it. Only the pre-activations H are kept, a tensor for each run: the
+allocator hands memory of that size out again, but returns a tensor of 32 MiB to the system, page by page.
 
     forward, per run      x = x_ND[source]    H = x gate_up^T    a = gelu(g) u weight    out[source] += a down^T
     backward, per run     dy = dout[source]   da = dy down       dweight = <da, gelu(g) u>
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagrok.kernels.experts.activation import gated_gelu, gated_gelu_gradients
 from megagrok.kernels.experts.door import check_shapes
 
 CPU_RUN_ROWS = 512
@@ -78,47 +80,49 @@ class _MixExperts(torch.autograd.Function):
         gate_up_eFD: Tensor,
         down_eDF: Tensor,
     ) -> Tensor:
-        (rows, hidden), (_, _, width) = (len(source_R), x_ND.shape[1]), down_eDF.shape
+        hidden, width = x_ND.shape[1], down_eDF.shape[2]
         most = _most_rows(x_ND, rows_per_expert)
-        H_RF = x_ND.new_empty(rows, 2 * width)
+        H_rF = []
         sum_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
         x_rD, a_rF, y_rD = x_ND.new_empty(most, hidden), x_ND.new_empty(most, width), x_ND.new_empty(most, hidden)
         for run in _runs(rows_per_expert, most):
             part, length = slice(run.start, run.stop), run.stop - run.start
-            x, a, y, H = x_rD[:length], a_rF[:length], y_rD[:length], H_RF[part]
+            x, a, y = x_rD[:length], a_rF[:length], y_rD[:length]
             torch.index_select(x_ND, 0, source_R[part], out=x)
-            torch.mm(x, gate_up_eFD[run.expert].t(), out=H)
-            torch.ops.aten.gelu.out(H[:, :width], approximate="tanh", out=a)
-            a.mul_(H[:, width:]).mul_(weight_R[part, None])
+            H = torch.mm(x, gate_up_eFD[run.expert].t())
+            H_rF.append(H)
+            gated_gelu(H, weight_R[part, None], a)
             torch.mm(a, down_eDF[run.expert].t(), out=y)
             sum_ND.index_add_(0, source_R[part], y.to(sum_ND.dtype))
-        ctx.save_for_backward(x_ND, source_R, weight_R, gate_up_eFD, down_eDF, H_RF)
+        ctx.save_for_backward(x_ND, source_R, weight_R, gate_up_eFD, down_eDF, *H_rF)
         ctx.rows_per_expert = rows_per_expert
         return sum_ND.to(x_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dout_ND = grads[0].contiguous()
-        x_ND, source_R, weight_R, gate_up_eFD, down_eDF, H_RF = ctx.saved_tensors
+        x_ND, source_R, weight_R, gate_up_eFD, down_eDF, *H_rF = ctx.saved_tensors
         hidden, width = x_ND.shape[1], down_eDF.shape[2]
         most = _most_rows(x_ND, ctx.rows_per_expert)
         sum_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
         dweight_R = torch.empty_like(weight_R)
         dgate_up_eFD, ddown_eDF = torch.empty_like(gate_up_eFD), torch.empty_like(down_eDF)
         x_rD, dy_rD, dx_rD = (x_ND.new_empty(most, hidden) for _ in range(3))
-        da_rF, a_rF, dH_rF = x_ND.new_empty(most, width), x_ND.new_empty(most, width), x_ND.new_empty(most, 2 * width)
+        da_rF, a_rF, scratch_rF = (x_ND.new_empty(most, width) for _ in range(3))
+        dH_rF = x_ND.new_empty(most, 2 * width)
         for expert, count in enumerate(ctx.rows_per_expert):
             if count == 0:
                 dgate_up_eFD[expert].zero_()
                 ddown_eDF[expert].zero_()
-        for run in _runs(ctx.rows_per_expert, most):
+        for run, H in zip(_runs(ctx.rows_per_expert, most), H_rF, strict=True):
             part, length = slice(run.start, run.stop), run.stop - run.start
             x, dy, dx = x_rD[:length], dy_rD[:length], dx_rD[:length]
             da, a, dH = da_rF[:length], a_rF[:length], dH_rF[:length]
             torch.index_select(dout_ND, 0, source_R[part], out=dy)
             torch.index_select(x_ND, 0, source_R[part], out=x)
             torch.mm(dy, down_eDF[run.expert], out=da)
-            dweight_R[part] = _activation_gradients(H_RF[part], weight_R[part, None], da, a, dH)
+            scratch = scratch_rF[:length]
+            dweight_R[part] = gated_gelu_gradients(H, weight_R[part, None], da, a, dH, scratch)
             beta = 0 if run.is_first else 1
             ddown_DF, dgate_up_FD = ddown_eDF[run.expert], dgate_up_eFD[run.expert]
             torch.addmm(ddown_DF, dy.t(), a, beta=beta, out=ddown_DF)
@@ -126,19 +130,3 @@ class _MixExperts(torch.autograd.Function):
             torch.mm(dH, gate_up_eFD[run.expert], out=dx)
             sum_ND.index_add_(0, source_R[part], dx.to(sum_ND.dtype))
         return sum_ND.to(x_ND.dtype), None, dweight_R, None, dgate_up_eFD, ddown_eDF
-
-
-def _activation_gradients(H_rF: Tensor, weight_r1: Tensor, da_rF: Tensor, a_rF: Tensor, dH_rF: Tensor) -> Tensor:
-    """From da = dy down: fills a_rF with weight * gelu(g) * u and dH_rF; returns dweight_r. Overwrites da_rF."""
-    width = a_rF.shape[1]
-    gate, up = H_rF[:, :width], H_rF[:, width:]
-    dgate, dup = dH_rF[:, :width], dH_rF[:, width:]
-    torch.ops.aten.gelu.out(gate, approximate="tanh", out=a_rF)
-    torch.mul(da_rF, a_rF, out=dup)
-    # <da, gelu(g) u> = <da gelu(g), u>
-    dweight_r = torch.mul(dup, up, out=dgate).sum(-1, dtype=weight_r1.dtype)
-    dup.mul_(weight_r1)
-    a_rF.mul_(up).mul_(weight_r1)
-    da_rF.mul_(up).mul_(weight_r1)
-    torch.ops.aten.gelu_backward.grad_input(da_rF, gate, approximate="tanh", grad_input=dgate)
-    return dweight_r
