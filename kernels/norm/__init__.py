@@ -27,10 +27,10 @@ class Norm(Protocol):
 def choose_norm(wanted: str, device: torch.device) -> Norm:
     """The implementation named `wanted`, or the fastest measured on such a device ("auto"). Raises KernelError."""
     if choose("norm", wanted, device) == "triton":
-        from megagrok.kernels.norm import kernel
+        import megagrok.kernels.norm.kernel as triton_ops
 
-        return kernel
-    from megagrok.kernels.norm import torch_ops
+        return triton_ops
+    import megagrok.kernels.norm.torch_ops as torch_ops
 
     return torch_ops
 

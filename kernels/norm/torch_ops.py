@@ -7,6 +7,7 @@ one kernel for it, which is called instead.
 # R rows, D hidden, r rows of one run; g gradient of the result
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -47,48 +48,53 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, residual: Tensor | None, eps: float) -> Tensor:
-        x_RD = x.reshape(-1, gain.numel())
+        width = gain.numel()
+        x_RD = x.reshape(-1, width)
         wide = torch.promote_types(x.dtype, torch.float32)
-        y_RD, n_R1 = torch.empty_like(x_RD), x_RD.new_empty(len(x_RD), 1, dtype=wide)
-        gain_D = gain.to(wide)
-        residual_RD = None if residual is None else residual.reshape(x_RD.shape)
-        for run in _runs(x_RD):
-            x_rD, n_r1 = x_RD[run].to(wide), n_R1[run]
-            torch.linalg.vector_norm(x_rD, dim=-1, keepdim=True, out=n_r1)
-            n_r1.square_().div_(gain.numel()).add_(eps).rsqrt_()
-            y_rD = torch.mul(x_rD, n_r1, out=y_RD[run] if x.dtype == wide else None)
-            if residual_RD is None:
-                y_rD.mul_(gain_D)
+        is_wide, gain_D = x.dtype == wide, gain.to(wide)
+        y_RD = torch.empty_like(x_RD)
+        length = _run_length(x_RD)
+        residuals = repeat(None) if residual is None else residual.reshape(x_RD.shape).split(length)
+        inverses = []
+        for x_rD, y_rD, residual_rD in zip(x_RD.split(length), y_RD.split(length), residuals, strict=False):
+            run_rD = x_rD.to(wide)
+            norm_r1 = torch.linalg.vector_norm(run_rD, dim=-1, keepdim=True)
+            inverses.append(norm_r1.mul_(norm_r1).div_(width).add_(eps).rsqrt_())
+            run_rD = torch.mul(run_rD, inverses[-1], out=y_rD if is_wide else None)
+            if residual_rD is None:
+                run_rD.mul_(gain_D)
             else:
-                torch.addcmul(residual_RD[run].to(wide), y_rD, gain_D, out=y_rD)
-            if x.dtype != wide:
-                y_RD[run] = y_rD
-        ctx.save_for_backward(x_RD, gain, n_R1)
+                torch.addcmul(residual_rD.to(wide), run_rD, gain_D, out=run_rD)
+            if not is_wide:
+                y_rD.copy_(run_rD)
+        ctx.save_for_backward(x_RD, gain, inverses[0] if len(inverses) == 1 else torch.cat(inverses))
         return y_RD.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (g,) = grads
-        x_RD, gain, n_R1 = ctx.saved_tensors
-        g_RD, gain_D = g.reshape(x_RD.shape), gain.to(n_R1.dtype)
-        dx_RD, dgain_D = torch.empty_like(x_RD), torch.zeros_like(gain_D)
-        for run in _runs(x_RD):
-            x_rD, g_rD, n_r1 = x_RD[run].to(n_R1.dtype), g_RD[run].to(n_R1.dtype), n_R1[run]
-            dx_rD = torch.mul(g_rD, x_rD, out=dx_RD[run] if x_RD.dtype == n_R1.dtype else None)
-            dgain_D.addmv_(dx_rD.t(), n_r1[:, 0])
-            # The row's part of <dy x, g>, before its buffer is written over.
-            along_x_r1 = torch.mv(dx_rD, gain_D)[:, None].mul_(n_r1).mul_(n_r1).div_(-gain.numel())
-            torch.mul(g_rD, gain_D, out=dx_rD).addcmul_(x_rD, along_x_r1).mul_(n_r1)
-            if x_RD.dtype != n_R1.dtype:
-                dx_RD[run] = dx_rD
+        x_RD, gain, inverse_R1 = ctx.saved_tensors
+        wide = inverse_R1.dtype
+        is_wide, gain_D = x_RD.dtype == wide, gain.to(wide)
+        mean_gain_D, dgain_D = gain_D / -gain.numel(), torch.zeros_like(gain_D)
+        dx_RD, length = torch.empty_like(x_RD), _run_length(x_RD)
+        runs = (tensor.split(length) for tensor in (g.reshape(x_RD.shape), x_RD, inverse_R1, dx_RD))
+        for g_rD, x_rD, inverse_r1, dx_rD in zip(*runs, strict=True):
+            g_rD, x_rD = g_rD.to(wide), x_rD.to(wide)
+            run_rD = torch.mul(g_rD, x_rD, out=dx_rD if is_wide else None)
+            dgain_D.addmv_(run_rD.t(), inverse_r1[:, 0])
+            # The part of dy g that only makes x longer or shorter; read from the buffer before it is written over.
+            along_r1 = torch.mv(run_rD, mean_gain_D)[:, None].mul_(inverse_r1).mul_(inverse_r1)
+            torch.mul(g_rD, gain_D, out=run_rD).addcmul_(x_rD, along_r1).mul_(inverse_r1)
+            if not is_wide:
+                dx_rD.copy_(run_rD)
         return dx_RD.view(g.shape), dgain_D.to(gain.dtype), g if ctx.needs_input_grad[2] else None, None
 
 
 _normed: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = _RMSNorm.apply
 
 
-def _runs(x_RD: Tensor) -> list[slice]:
-    """Rows that are worked on together. Of narrower dtypes one run: they are a GPU's, and a rehearsal counts calls."""
+def _run_length(x_RD: Tensor) -> int:
+    """Rows that are worked on together. Of narrower dtypes all: they are a GPU's, and a rehearsal pays by the call."""
     num_rows, width = x_RD.shape
-    length = max(_RUN_ELEMENTS // max(width, 1), 1) if x_RD.dtype == torch.float32 else max(num_rows, 1)
-    return [slice(start, start + length) for start in range(0, num_rows, length)]
+    return max(_RUN_ELEMENTS // max(width, 1), 1) if x_RD.dtype == torch.float32 else max(num_rows, 1)
