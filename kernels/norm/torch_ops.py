@@ -18,6 +18,8 @@ from megagrok.kernels.norm import check_shapes
 
 _RUN_ELEMENTS = 2**18
 """Of x in one run: a megabyte in fp32, so that x, gradient and result of a run stay in a core's cache."""
+_MOST_RUNS = 64
+"""So that the host's calls are never what takes the time."""
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -53,10 +55,10 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         is_wide, gain_D = x.dtype == wide, gain.to(wide)
         y_RD = torch.empty_like(x_RD)
-        length = _run_length(x_RD)
-        residuals = repeat(None) if residual is None else residual.reshape(x_RD.shape).split(length)
+        runs = _num_runs(x_RD)
+        residuals = repeat(None) if residual is None else residual.reshape(x_RD.shape).chunk(runs)
         inverses = []
-        for x_rD, y_rD, residual_rD in zip(x_RD.split(length), y_RD.split(length), residuals, strict=False):
+        for x_rD, y_rD, residual_rD in zip(x_RD.chunk(runs), y_RD.chunk(runs), residuals, strict=False):
             run_rD = x_rD.to(wide)
             norm_r1 = torch.linalg.vector_norm(run_rD, dim=-1, keepdim=True)
             inverses.append(norm_r1.mul_(norm_r1).div_(width).add_(eps).rsqrt_())
@@ -77,9 +79,9 @@ class _RMSNorm(torch.autograd.Function):
         wide = inverse_R1.dtype
         is_wide, gain_D = x_RD.dtype == wide, gain.to(wide)
         mean_gain_D, dgain_D = gain_D / -gain.numel(), torch.zeros_like(gain_D)
-        dx_RD, length = torch.empty_like(x_RD), _run_length(x_RD)
-        runs = (tensor.split(length) for tensor in (g.reshape(x_RD.shape), x_RD, inverse_R1, dx_RD))
-        for g_rD, x_rD, inverse_r1, dx_rD in zip(*runs, strict=True):
+        dx_RD, runs = torch.empty_like(x_RD), _num_runs(x_RD)
+        parts = (tensor.chunk(runs) for tensor in (g.reshape(x_RD.shape), x_RD, inverse_R1, dx_RD))
+        for g_rD, x_rD, inverse_r1, dx_rD in zip(*parts, strict=True):
             g_rD, x_rD = g_rD.to(wide), x_rD.to(wide)
             run_rD = torch.mul(g_rD, x_rD, out=dx_rD if is_wide else None)
             dgain_D.addmv_(run_rD.t(), inverse_r1[:, 0])
@@ -94,7 +96,6 @@ class _RMSNorm(torch.autograd.Function):
 _normed: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = _RMSNorm.apply
 
 
-def _run_length(x_RD: Tensor) -> int:
-    """Rows that are worked on together. Of narrower dtypes all: they are a GPU's, and a rehearsal pays by the call."""
-    num_rows, width = x_RD.shape
-    return max(_RUN_ELEMENTS // max(width, 1), 1) if x_RD.dtype == torch.float32 else max(num_rows, 1)
+def _num_runs(x_RD: Tensor) -> int:
+    """One for narrower dtypes: on a CPU they stand for a GPU, in a rehearsal, which pays by the call."""
+    return min(-(-x_RD.numel() // _RUN_ELEMENTS) or 1, _MOST_RUNS) if x_RD.dtype == torch.float32 else 1

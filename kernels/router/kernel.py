@@ -107,21 +107,23 @@ def _tile(num_experts: int) -> dict[str, int]:
 
 @triton.jit
 def _tanh(x):
-    """Exact to a few roundings everywhere: near 0, where 1 - e^-2x cancels, its series up to x^11."""
+    """tanh and its slope, exact to a few roundings everywhere: near 0, where 1 - e^-2x cancels, tanh is its series up
+    to x^11; far from it, where 1 - tanh^2 would cancel, the slope comes from the exponential."""
     square = x * x
     series = -17.0 / 315 + square * (62.0 / 2835 + square * (-1382.0 / 155925))
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * series)))
     decay = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - decay) / (1.0 + decay)
-    return tl.where(square < 0.1, series, tl.where(x < 0, -size, size))
+    slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+    return tl.where(square < 0.1, series, tl.where(x < 0, -size, size)), slope
 
 
 @triton.jit
 def _likings(logits, in_E, cap, HAS_CAP: tl.constexpr, IS_SIGMOID: tl.constexpr):
-    """Of raw logits [T, E]: their tanh (or 1), scores, probabilities, softmax, and logsumexp [T, 1]."""
-    tanh = tl.zeros_like(logits)
+    """Of raw logits [T, E]: the slope of the cap, scores, probabilities, softmax, and logsumexp [T, 1]."""
+    slope = tl.full(logits.shape, 1.0, tl.float32)
     if HAS_CAP:
-        tanh = _tanh(logits / cap)
+        tanh, slope = _tanh(logits / cap)
         logits = tanh * cap
     highest = tl.max(tl.where(in_E, logits, float("-inf")), axis=1)[:, None]
     exponentials = tl.where(in_E, tl.exp(logits - highest), 0.0)
@@ -131,7 +133,7 @@ def _likings(logits, in_E, cap, HAS_CAP: tl.constexpr, IS_SIGMOID: tl.constexpr)
     if IS_SIGMOID:
         scores = tl.where(in_E, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
         p = scores / tl.sum(scores, axis=1)[:, None]
-    return tanh, scores, p, softmax, tl.log(total) + highest
+    return slope, scores, p, softmax, tl.log(total) + highest
 
 
 @triton.jit
@@ -208,7 +210,7 @@ def _backward(
     is_token, in_E = tokens < T, (experts < E)[None, :]
     at_TE, in_TE = tokens[:, None] * E + experts[None, :], is_token[:, None] & in_E
     logits = tl.load(logits_TE + at_TE, mask=in_TE, other=0.0)
-    tanh, scores, p, softmax, lse = _likings(logits, in_E, cap, HAS_CAP, IS_SIGMOID)
+    cap_slope, scores, p, softmax, lse = _likings(logits, in_E, cap, HAS_CAP, IS_SIGMOID)
 
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     for k in range(K):
@@ -230,6 +232,4 @@ def _backward(
     elif not RENORMALIZE:
         dlogits -= p * total[:, None]
     dlogits += softmax * (2.0 * tl.load(dz) * lse)
-    if HAS_CAP:
-        dlogits *= 1.0 - tanh * tanh
-    tl.store(dlogits_TE + at_TE, dlogits, mask=in_TE)
+    tl.store(dlogits_TE + at_TE, dlogits * cap_slope, mask=in_TE)

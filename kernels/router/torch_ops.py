@@ -103,7 +103,8 @@ def _make_few_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`make_logits` on a CPU, whose matmul is twice as fast where a result this narrow is laid out expert by expert,
     and run by run of tokens. So are then all buffers that are made from it."""
     logits_ET = x_TD.new_empty(len(weight_ED), len(x_TD))
-    for x_tD, logits_Et in zip(x_TD.split(_RUN_TOKENS), logits_ET.split(_RUN_TOKENS, dim=1), strict=True):
+    runs = -(-len(x_TD) // _RUN_TOKENS) or 1
+    for x_tD, logits_Et in zip(x_TD.chunk(runs), logits_ET.chunk(runs, dim=1), strict=True):
         torch.mm(weight_ED, x_tD.t(), out=logits_Et)
     return logits_ET.t()
 
