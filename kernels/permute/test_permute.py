@@ -8,7 +8,7 @@ from megagrok.errors import KernelError, ShapeError
 from megagrok.kernels.permute import Permute, choose_permute, reference
 
 SIZES = [(0, 2, 8), (1, 1, 8), (1, 3, 5), (63, 2, 17), (1000, 2, 4), (40, 8, 64)]
-IMPLEMENTATIONS = ["torch"]
+IMPLEMENTATIONS = ["torch", "triton"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
