@@ -17,8 +17,8 @@ from torch import Tensor
 from megagrok.kernels.permute.door import check_permute, check_unpermute
 from megagrok.kernels.permute.torch_ops import rows_of_tokens
 
-_WIDEST_BLOCK = 2048
-"""Columns that a program holds at once: 16 values for each thread of four warps."""
+_BLOCK_ELEMENTS = 2048
+"""What a program holds at once: 16 values for each thread of four warps."""
 
 
 def permute(x_TD: Tensor, token_R: Tensor, inverse_TK: Tensor | None = None) -> Tensor:
@@ -38,8 +38,9 @@ def gather(x_TD: Tensor, token_R: Tensor) -> Tensor:
     x_TD, hidden = x_TD.contiguous(), x_TD.shape[1]
     rows_RD = x_TD.new_empty(len(token_R), hidden)
     if rows_RD.numel():
-        block = _block(hidden)
-        _gather[(len(token_R), triton.cdiv(hidden, block))](x_TD, token_R.contiguous(), rows_RD, hidden, block)
+        tile = _tile(hidden)
+        grid = (triton.cdiv(len(token_R), tile["BLOCK_R"]), triton.cdiv(hidden, tile["BLOCK_D"]))
+        _gather[grid](x_TD, token_R.contiguous(), rows_RD, len(token_R), hidden, **tile)
     return rows_RD
 
 
@@ -48,10 +49,12 @@ def gather_and_sum(rows_RD: Tensor, inverse_TK: Tensor, weights_TK: Tensor | Non
     (num_tokens, top_k), hidden = inverse_TK.shape, rows_RD.shape[1]
     out_TD = rows_RD.new_empty(num_tokens, hidden)
     if out_TD.numel():
-        block, weights = _block(hidden), None if weights_TK is None else weights_TK.contiguous()
-        _gather_and_sum[(num_tokens, triton.cdiv(hidden, block))](
-            rows_RD.contiguous(), inverse_TK.contiguous(), weights, out_TD, top_k, hidden, weights is not None, block
-        )
+        tile, weights = _tile(hidden), None if weights_TK is None else weights_TK.contiguous()
+        grid = (triton.cdiv(num_tokens, tile["BLOCK_R"]), triton.cdiv(hidden, tile["BLOCK_D"]))
+        _gather_and_sum[grid](
+            rows_RD.contiguous(), inverse_TK.contiguous(), weights, out_TD, num_tokens, top_k, hidden,
+            HAS_WEIGHTS=weights is not None, **tile,
+        )  # fmt: skip
     return out_TD
 
 
@@ -86,9 +89,10 @@ class _Unpermute(torch.autograd.Function):
         if inverse_TK.numel():
             weights = None if weights_TK is None else weights_TK.contiguous()
             rows = None if rows_RD is None else rows_RD.contiguous()
-            _scatter[(num_tokens, top_k)](
-                dout_TD, rows, inverse_TK, weights, drows_RD, dweights_TK, top_k, hidden,
-                weights is not None, _block(hidden),
+            tile = _tile(hidden)
+            _scatter[(triton.cdiv(num_tokens, tile["BLOCK_R"]), top_k)](
+                dout_TD, rows, inverse_TK, weights, drows_RD, dweights_TK, num_tokens, top_k, hidden,
+                HAS_WEIGHTS=weights is not None, **tile,
             )  # fmt: skip
         return drows_RD, None, dweights_TK
 
@@ -97,51 +101,60 @@ _permuted: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Permute.apply
 _unpermuted: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Unpermute.apply
 
 
-def _block(hidden: int) -> int:
-    return min(int(triton.next_power_of_2(hidden)), _WIDEST_BLOCK)
+def _tile(hidden: int) -> dict[str, int]:
+    """Rows and columns of a block: narrow rows go several at a time."""
+    columns = min(int(triton.next_power_of_2(hidden)), _BLOCK_ELEMENTS)
+    return {"BLOCK_R": _BLOCK_ELEMENTS // columns, "BLOCK_D": columns}
 
 
 @triton.jit
-def _gather(x_TD, token_R, rows_RD, D, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _gather(x_TD, token_R, rows_RD, R, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_D = columns < D
-    token = tl.load(token_R + row)
-    tl.store(rows_RD + row * D + columns, tl.load(x_TD + token * D + columns, mask=in_D), mask=in_D)
+    in_R, in_D = rows < R, columns < D
+    in_RD = in_R[:, None] & in_D[None, :]
+    token = tl.load(token_R + rows, mask=in_R, other=0)
+    values = tl.load(x_TD + token[:, None] * D + columns[None, :], mask=in_RD)
+    tl.store(rows_RD + rows[:, None] * D + columns[None, :], values, mask=in_RD)
 
 
 @triton.jit
-def _gather_and_sum(rows_RD, inverse_TK, weights_TK, out_TD, K, D, HAS_WEIGHTS: tl.constexpr, BLOCK_D: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
+def _gather_and_sum(
+    rows_RD, inverse_TK, weights_TK, out_TD, T, K, D,
+    HAS_WEIGHTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_D = columns < D
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    in_T, in_D = tokens < T, columns < D
+    in_TD = in_T[:, None] & in_D[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for k in range(K):
-        row = tl.load(inverse_TK + token * K + k)
-        values = tl.load(rows_RD + row * D + columns, mask=in_D, other=0.0).to(tl.float32)
+        rows = tl.load(inverse_TK + tokens * K + k, mask=in_T, other=0)
+        values = tl.load(rows_RD + rows[:, None] * D + columns[None, :], mask=in_TD, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
-            values *= tl.load(weights_TK + token * K + k)
+            values *= tl.load(weights_TK + tokens * K + k, mask=in_T, other=0.0)[:, None]
         total += values
-    tl.store(out_TD + token * D + columns, total.to(out_TD.dtype.element_ty), mask=in_D)
+    tl.store(out_TD + tokens[:, None] * D + columns[None, :], total.to(out_TD.dtype.element_ty), mask=in_TD)
 
 
 @triton.jit
 def _scatter(
-    dout_TD, rows_RD, inverse_TK, weights_TK, drows_RD, dweights_TK, K, D,
-    HAS_WEIGHTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    dout_TD, rows_RD, inverse_TK, weights_TK, drows_RD, dweights_TK, T, K, D,
+    HAS_WEIGHTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token, choice = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = tl.load(inverse_TK + token * K + choice)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    weight = 1.0
-    if HAS_WEIGHTS:
-        weight = tl.load(weights_TK + token * K + choice)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    choices = tokens * K + tl.program_id(1)
+    in_T = tokens < T
+    rows = tl.load(inverse_TK + choices, mask=in_T, other=0)
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        in_D = columns < D
-        dout = tl.load(dout_TD + token * D + columns, mask=in_D, other=0.0).to(tl.float32)
+        in_TD = in_T[:, None] & (columns < D)[None, :]
+        at_RD = rows[:, None] * D + columns[None, :]
+        drows = tl.load(dout_TD + tokens[:, None] * D + columns[None, :], mask=in_TD, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
-            total += dout * tl.load(rows_RD + row * D + columns, mask=in_D, other=0.0).to(tl.float32)
-        tl.store(drows_RD + row * D + columns, (dout * weight).to(drows_RD.dtype.element_ty), mask=in_D)
+            total += drows * tl.load(rows_RD + at_RD, mask=in_TD, other=0.0).to(tl.float32)
+            drows *= tl.load(weights_TK + choices, mask=in_T, other=0.0)[:, None]
+        tl.store(drows_RD + at_RD, drows.to(drows_RD.dtype.element_ty), mask=in_TD)
     if HAS_WEIGHTS:
-        tl.store(dweights_TK + token * K + choice, tl.sum(total, axis=0))
+        tl.store(dweights_TK + choices, tl.sum(total, axis=1), mask=in_T)
