@@ -138,6 +138,15 @@ def test_between_equals_each_is_chosen_once(route: Router, device: torch.device)
     assert torch.equal(routed.weights_TK, torch.full_like(routed.weights_TK, 1 / 8))
 
 
+@pytest.mark.parametrize("cap", [NO_CAP, HIGH_CAP])
+def test_logits_may_be_larger_than_an_exponential_can(route: Router, cap: float | None, device: torch.device) -> None:
+    tensors = make(63, 48, 8, 1, device, size=100.0)
+    assert (tensors[0] @ tensors[1].t()).abs().max() > 200, "e^200 is no fp32"
+    expected = outcome(reference, [tensor.double() for tensor in tensors], cap=cap)
+    # Logits of some 300 are off by a few times 300 * 2^-24 = 2e-5, and their exponentials by that share.
+    assert_close(outcome(route, tensors, cap=cap), expected, tolerance=1e-3)
+
+
 @pytest.mark.parametrize("wanted", range(3), ids=["weights", "probability sum", "z sum"])
 def test_each_gradient_comes_alone_too(route: Router, wanted: int, device: torch.device) -> None:
     """As where the balance loss is off, or a frozen layer needs no weights' gradient."""
