@@ -113,37 +113,47 @@ class _Problem:
         # Of d score / d (q k), beside sigmoid' = w (1 - w): d tanh(x) / dx = 1 - tanh^2 = 4 w (1 - w).
         self.slope = self.c**-0.5 if cap is None else self.c**-0.5 * 4
 
+        # Blocks are made in the same memory again and again: it is in the cache, and no page of it is new.
+        self.run = max(_SHORTEST_RUN, math.ceil(self.s / _MOST_RUNS))
+        bytes_of_head = min(self.run, self.s) * self.S * self.r * self.wide.itemsize
+        budget = _CPU_BLOCK_BYTES if self.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+        self.heads = max(1, min(self.n, budget // max(1, bytes_of_head)))
+        self.scratch = q_sbhc.new_empty(3, self.heads * bytes_of_head // self.wide.itemsize, dtype=self.wide)
+        run_u = torch.arange(self.run, device=self.device)
+        self.run_bias_uu = self._bias(run_u, run_u)
+
     def blocks(self) -> Iterator[_Block]:
         """Runs of queries within groups of heads, so that the gradients of keys and values stay near."""
-        is_square = self.positions is None
-        run = max(_SHORTEST_RUN, math.ceil(self.s / _MOST_RUNS))
-        bytes_of_head = run * max(1, self.S) * self.r * self.wide.itemsize
-        budget = _CPU_BLOCK_BYTES if self.device.type == "cpu" else _DEVICE_BLOCK_BYTES
-        heads = min(self.n, max(1, budget // bytes_of_head)) or 1
-        for head in range(0, self.n, heads):
-            for start in range(0, self.s, run):
-                end = min(start + run, self.s)
-                yield _Block(head, min(head + heads, self.n), start, end, end if is_square else self.S)
+        for head in range(0, self.n, self.heads):
+            for start in range(0, self.s, self.run):
+                end = min(start + self.run, self.s)
+                num_keys = end if self.positions is None else self.S
+                yield _Block(head, min(head + self.heads, self.n), start, end, num_keys)
 
-    def squashed(self, q_mqc: Tensor, k_mKc: Tensor) -> Tensor:
-        """sigmoid(2 q k / sqrt(c) / cap), or q k / sqrt(c) without a cap; [m, q, K]."""
-        any_mqK = q_mqc.new_empty(()).expand(q_mqc.shape[0], q_mqc.shape[1], k_mKc.shape[1])
-        scores_mqK = torch.baddbmm(any_mqK, q_mqc, k_mKc.mT, beta=0, alpha=self.scale).to(self.wide)
-        return scores_mqK if self.cap is None else scores_mqK.sigmoid_()
+    def space(self, number: int, block: _Block) -> Tensor:
+        """One of the three places for what has the shape of a block's scores, [m, q, K]; it holds anything."""
+        shape = (block.last_head - block.head, (block.end - block.start) * self.r, block.num_keys)
+        return self.scratch[number, : math.prod(shape)].view(shape)
+
+    def squash(self, q_mqc: Tensor, k_mKc: Tensor, squashed_mqK: Tensor) -> None:
+        """Write sigmoid(2 q k / sqrt(c) / cap), or q k / sqrt(c) without a cap."""
+        _write_product(q_mqc, k_mKc.mT, self.scale, squashed_mqK)
+        if self.cap is not None:
+            squashed_mqK.sigmoid_()
 
     def mask(self, scores_mqK: Tensor, block: _Block) -> None:
         """Write -inf where a key is later than the query."""
         scores_mruK = self.by_query(scores_mqK, block)
         if self.positions is None:
             # Keys before the run are early enough for all of it.
-            early = block.start
-            positions_u = positions_K = torch.arange(block.end - early, device=self.device)
+            u = block.end - block.start
+            scores_mruK[..., block.start :].add_(self.run_bias_uu[:u, :u])
         else:
-            early = 0
-            positions_u, positions_K = self.positions[0][block.start : block.end], self.positions[1]
+            scores_mruK.add_(self._bias(self.positions[0][block.start : block.end], self.positions[1]))
+
+    def _bias(self, positions_u: Tensor, positions_K: Tensor) -> Tensor:
         is_later_uK = positions_K[None, :] > positions_u[:, None]
-        bias_uK = torch.zeros_like(is_later_uK, dtype=self.wide).masked_fill_(is_later_uK, -math.inf)
-        scores_mruK[..., early:].add_(bias_uK)
+        return torch.zeros_like(is_later_uK, dtype=self.wide).masked_fill_(is_later_uK, -math.inf)
 
     def by_query(self, x_mqX: Tensor, block: _Block) -> Tensor:
         """View of rows as [m, r, u, X]."""
@@ -177,7 +187,8 @@ def _mix(
     for block in problem.blocks():
         heads = slice(block.head, block.last_head)
         k_mKc, v_mKc = k_nSc[heads, : block.num_keys], v_nSc[heads, : block.num_keys]
-        scores_mqK = problem.squashed(problem.rows(q_sbhc, block), k_mKc)
+        scores_mqK = problem.space(0, block)
+        problem.squash(problem.rows(q_sbhc, block), k_mKc, scores_mqK)
         problem.mask(scores_mqK, block)
         if problem.tau_s1 is not None:
             problem.by_query(scores_mqK, block).mul_(problem.tau(block))
@@ -205,15 +216,19 @@ def _unmix(
     k_nSc, v_nSc = problem.by_head(k_Sbgc), problem.by_head(v_Sbgc)
     grad_q_sbhc = torch.empty_like(q_sbhc, memory_format=torch.contiguous_format)
     grad_k_ncS, grad_v_ncS = q_sbhc.new_zeros(2, problem.n, problem.c, problem.S, dtype=wide)
+    inner_sX = (grad_sbhc * result_sbhc).sum(dim=-1, dtype=wide)
+    inner_nrs1 = inner_sX.view(problem.s, problem.n, problem.r, 1).permute(1, 2, 0, 3)
     for block in problem.blocks():
         heads = slice(block.head, block.last_head)
         k_mKc, v_mKc = k_nSc[heads, : block.num_keys], v_nSc[heads, : block.num_keys]
         q_mqc, grad_mqc = problem.rows(q_sbhc, block), problem.rows(grad_sbhc, block)
-        inner_mq1 = (grad_mqc * problem.rows(result_sbhc, block)).sum(dim=-1, keepdim=True, dtype=wide)
-        squashed_mqK = problem.squashed(q_mqc, k_mKc)
-        weights_mqK = _weights_again(problem, squashed_mqK, log2_sums_nrs1, block)
+        squashed_mqK, weights_mqK, grad_scores_mqK = (problem.space(number, block) for number in range(3))
+        problem.squash(q_mqc, k_mKc, squashed_mqK)
+        _weigh_again(problem, squashed_mqK, log2_sums_nrs1, block, weights_mqK)
         _add_product(grad_v_ncS[heads, :, : block.num_keys], grad_mqc.mT, weights_mqK.to(dtype))
-        grad_scores_mqK = torch.bmm(grad_mqc, v_mKc.mT).to(wide).sub_(inner_mq1).mul_(weights_mqK)
+        _write_product(grad_mqc, v_mKc.mT, 1.0, grad_scores_mqK)
+        problem.by_query(grad_scores_mqK, block).sub_(inner_nrs1[heads, :, block.start : block.end])
+        grad_scores_mqK.mul_(weights_mqK)
         if problem.cap is not None:
             torch.ops.aten.sigmoid_backward.grad_input(grad_scores_mqK, squashed_mqK, grad_input=grad_scores_mqK)
         slope = problem.tau(block) * problem.slope
@@ -229,14 +244,25 @@ def _unmix(
     return grad_q_sbhc, grad_k_Sbgc, grad_v_Sbgc
 
 
-def _weights_again(problem: _Problem, squashed_mqK: Tensor, log2_sums_nrs1: Tensor, block: _Block) -> Tensor:
-    """The weights of a block as the forward pass had them, divided by their sums."""
+def _weigh_again(
+    problem: _Problem, squashed_mqK: Tensor, log2_sums_nrs1: Tensor, block: _Block, weights_mqK: Tensor
+) -> None:
+    """Write the weights of a block as the forward pass had them, divided by their sums."""
     sums_mru1 = log2_sums_nrs1[block.head : block.last_head, :, block.start : block.end]
     factor = problem.tau(block) * problem.log2_scale
-    log2_mruK = torch.mul(problem.by_query(squashed_mqK, block), factor).sub_(sums_mru1)
-    weights_mqK = log2_mruK.view(squashed_mqK.shape)
+    log2_mruK = problem.by_query(weights_mqK, block)
+    torch.mul(problem.by_query(squashed_mqK, block), factor, out=log2_mruK).sub_(sums_mru1)
     problem.mask(weights_mqK, block)
-    return weights_mqK.exp2_()
+    weights_mqK.exp2_()
+
+
+def _write_product(a_mqc: Tensor, b_mcK: Tensor, factor: float, product_mqK: Tensor) -> None:
+    """product = factor a b; straight where the product has their dtype."""
+    if product_mqK.dtype == a_mqc.dtype:
+        torch.baddbmm(product_mqK, a_mqc, b_mcK, beta=0, alpha=factor, out=product_mqK)
+    else:
+        any_mqK = a_mqc.new_empty(()).expand(product_mqK.shape)
+        product_mqK.copy_(torch.baddbmm(any_mqK, a_mqc, b_mcK, beta=0, alpha=factor))
 
 
 def _add_product(sum_mcK: Tensor, a_mcq: Tensor, b_mqK: Tensor) -> None:
