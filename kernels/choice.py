@@ -4,10 +4,12 @@
 yet, so there it is torch, whose code the tests and the rehearsal run as well.
 """
 
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import torch
 
+from megagrok.config.schema import KernelsConfig
 from megagrok.errors import KernelError
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -42,6 +44,12 @@ def choose(op: str, wanted: str, device: torch.device) -> str:
             "or TRITON_INTERPRET=1 to check results slowly."
         )
     return wanted
+
+
+def check_kernels(names: KernelsConfig, device: torch.device) -> None:
+    """Refuse what `choose` refuses, before anything is built. Raises KernelError."""
+    for op, wanted in asdict(names).items():
+        choose(op, wanted, device)
 
 
 def _interprets() -> bool:

@@ -29,7 +29,7 @@ DOORS = {
     "megatron": ("megagrok.parallel", "megagrok.model", "megagrok.engine", *PEERS),
     "deepspeed": ("megagrok.parallel", "megagrok.model.moe", "megagrok.engine", *PEERS),
     "transformers": PEERS,
-    "transformer_engine": ("megagrok.model",),
+    "transformer_engine": ("megagrok.model", "megagrok.kernels.peers"),
     "triton": ("megagrok.kernels",),
     "wandb": ("megagrok.telemetry",),
     "torch.cuda": ("megagrok.platform", "megagrok.parallel"),

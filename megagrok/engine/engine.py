@@ -236,7 +236,7 @@ class Engine:
 
         def forward_step(micro_batch_iterator: Iterator[tuple[Tensor, Tensor, Tensor | None]], chunk: GrokModel):  # type: ignore[no-untyped-def]
             tokens_Bs, labels_Bs, sample_ids_B = next(micro_batch_iterator)
-            return chunk(tokens_Bs, labels_Bs, positions_s, sample_ids_B), _sum_losses
+            return chunk(tokens_Bs, labels_Bs, positions_s, sample_ids_B), _report_sum
 
         run_schedule = get_forward_backward_func()
         losses: list[Tensor] = run_schedule(
@@ -366,7 +366,6 @@ def _build_chunks(
     return chunks
 
 
-def _sum_losses(losses_sB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _report_sum(loss_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Megatron's loss function: the sum, a token count it does not use, and a copy to report (it scales the first)."""
-    loss_sum = losses_sB.sum()
-    return loss_sum, torch.zeros((), dtype=torch.int, device=losses_sB.device), loss_sum.detach().clone()
+    return loss_sum, torch.zeros((), dtype=torch.int, device=loss_sum.device), loss_sum.detach().clone()

@@ -9,15 +9,19 @@ GPTModel moves a tied weight to a CUDA device by hand (megatron-core 0.16.1 lang
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megagrok.model.dropout import token_numbers
-from megagrok.model.loss import IGNORED_LABEL
 from megagrok.model.moe.layer import GrokMoE
 from megagrok.model.spec import grok_block_spec
 from megagrok.model.transformer_config import GrokTransformerConfig
@@ -61,7 +65,6 @@ class GrokModel(MegatronModule):
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
-                # A tied head has a weight of its own only where the embedding lives on another stage.
                 skip_weight_param_allocation=grok.tied_embeddings and pre_process,
             )
 
@@ -81,8 +84,8 @@ class GrokModel(MegatronModule):
         positions_s: Tensor,
         sample_ids_B: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states for the next stage [s, B, D]; at the end of the model the loss of each token [s, B], fp32,
-        zero where the label is IGNORED_LABEL; without labels this rank's part of the logits [s, B, v], fp32.
+        """Hidden states for the next stage [s, B, D]; at the end of the model the sum of the tokens' losses, fp32,
+        those with IGNORED_LABEL left out; without labels this rank's part of the logits [s, B, v], fp32.
         sample_ids_B decide what dropout drops; only training with dropout reads them."""
         hidden_sBD = None
         if self.pre_process:
@@ -95,8 +98,7 @@ class GrokModel(MegatronModule):
         )
         if not self.post_process:
             return cast(Tensor, hidden_sBD)
-        logits_sBv = self._logits(hidden_sBD)
-        return logits_sBv if labels_Bs is None else _token_losses(logits_sBv, labels_Bs.t())
+        return self._logits(hidden_sBD) if labels_Bs is None else self._loss_sum(hidden_sBD, labels_Bs.t())
 
     def _token_numbers(self, sample_ids_B: Tensor, positions_s: Tensor) -> Tensor:
         """Numbers of the tokens in this rank's part of the residual stream: under sequence parallelism a run of s."""
@@ -108,12 +110,35 @@ class GrokModel(MegatronModule):
 
     def _logits(self, hidden_sBD: Tensor) -> Tensor:
         grok = self.config.grok
-        tied_weight = self.embedding.word_embeddings.weight if grok.tied_embeddings and self.pre_process else None
-        logits_sBv, _ = self.output_layer(hidden_sBD, weight=tied_weight)
-        cap = 1.0 if grok.final_softcap is None else grok.final_softcap
-        # Scaled once for both, and capped in place: these are the largest activations of the model.
-        logits_sBv = logits_sBv.float() * (grok.output_multiplier / cap)
-        return cast(Tensor, logits_sBv if grok.final_softcap is None else logits_sBv.tanh_() * cap)
+        logits_sBv, _ = self.output_layer(hidden_sBD, weight=self._head_weight())
+        logits_sBv = logits_sBv.float() * grok.output_multiplier
+        cap = grok.final_softcap
+        return cast(Tensor, logits_sBv if cap is None else (logits_sBv / cap).tanh() * cap)
+
+    def _loss_sum(self, hidden_sBD: Tensor, labels_sB: Tensor) -> Tensor:
+        """Of all tokens over the whole vocabulary, whose rows the tensor ranks share; logits are never whole."""
+        grok, group = self.config.grok, self.config.groups.tensor
+        # As ColumnParallelLinear begins: each rank's part of the gradient is summed on the way back.
+        if self.config.sequence_parallel:
+            hidden_sBD = gather_from_sequence_parallel_region(hidden_sBD, group=group)
+        else:
+            hidden_sBD = copy_to_tensor_model_parallel_region(hidden_sBD, group=group)
+        weight_vD = self._head_weight()
+        loss_sum, _ = self.config.kernels.cross_entropy(
+            hidden_sBD.flatten(0, 1),
+            weight_vD,
+            labels_sB.flatten(),
+            multiplier=grok.output_multiplier,
+            cap=grok.final_softcap,
+            group=group if dist.get_world_size(group) > 1 else None,
+            first_token=dist.get_rank(group) * len(weight_vD),
+        )
+        return cast(Tensor, loss_sum)
+
+    def _head_weight(self) -> Tensor:
+        """A tied head has a weight of its own only where the embedding lives on another stage."""
+        is_here = not (self.share_embeddings_and_output_weights and self.pre_process)
+        return cast(Tensor, self.output_layer.weight if is_here else self.embedding.word_embeddings.weight)
 
     def _rotary_angles(self, positions_s: Tensor) -> Tensor:
         """Angles of half-split RoPE, [s, 1, 1, head_dim], computed in fp64: at position 131071 fp32 is off by 1e-2."""
@@ -123,10 +148,3 @@ class GrokModel(MegatronModule):
         # cos and sin repeat every turn, so the turns can go before the precision does.
         angles = torch.remainder(angles, 2 * torch.pi).float()
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
-
-
-def _token_losses(logits_sBv: Tensor, labels_sB: Tensor) -> Tensor:
-    """Cross-entropy of each token over the whole vocabulary, whose rows the tensor ranks share."""
-    is_counted = labels_sB != IGNORED_LABEL
-    losses_sB: Tensor = vocab_parallel_cross_entropy(logits_sBv, labels_sB.where(is_counted, 0).contiguous())
-    return losses_sB * is_counted

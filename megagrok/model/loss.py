@@ -20,9 +20,11 @@ def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def balance_loss_sum(kind: BalanceLoss, p_TE: Tensor, tokens_per_expert_E: Tensor, load_E: Tensor | None) -> Tensor:
+def balance_loss_sum(
+    kind: BalanceLoss, probability_sum_E: Tensor, tokens_per_expert_E: Tensor, load_E: Tensor | None
+) -> Tensor:
     """E * sum_e f_e * sum_t p_te, of the router's probabilities p: T if all experts are used alike, up to E/K * T if
-    every token likes the same K.
+    every token likes the same K. probability_sum_E: the sums over t.
 
     f_e, the share of all choices that went to expert e, carries no gradient. It is measured over this call's tokens
     ("micro_batch"), or it is load_E, measured over the previous step's whole batch ("global_batch"; uniform if None).
@@ -30,13 +32,13 @@ def balance_loss_sum(kind: BalanceLoss, p_TE: Tensor, tokens_per_expert_E: Tenso
     step late, so that the loss is the same for any number of micro-batches and any schedule of them.
     """
     if kind == "none":
-        return p_TE.new_zeros(())
-    num_experts = p_TE.shape[-1]
+        return probability_sum_E.new_zeros(())
+    num_experts = len(probability_sum_E)
     if kind == "micro_batch":
         load_E = expert_load(tokens_per_expert_E)
     elif load_E is None:
-        load_E = p_TE.new_full((num_experts,), 1 / num_experts)
-    return num_experts * (load_E.to(p_TE) * p_TE.sum(dim=0)).sum()
+        load_E = probability_sum_E.new_full((num_experts,), 1 / num_experts)
+    return num_experts * (load_E.to(probability_sum_E) * probability_sum_E).sum()
 
 
 def z_loss_sum(router_logits_TE: Tensor) -> Tensor:

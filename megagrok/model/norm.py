@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagrok.model.dropout import dropout, stream_of
@@ -20,11 +19,16 @@ class RMSNorm(nn.Module):
     def __init__(self, config: GrokTransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.kernel = config.kernels.norm
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x_D: Tensor) -> Tensor:
-        return F.rms_norm(x_D.float(), self.weight.shape, self.weight.float(), self.eps).to(x_D.dtype)
+        return self.kernel.rms_norm(x_D, self.weight, self.eps)
+
+    def add_to(self, residual_D: Tensor, x_D: Tensor) -> Tensor:
+        """residual + norm(x)."""
+        return self.kernel.add_rms_norm(residual_D, x_D, self.weight, self.eps)
 
 
 class PostNormResidual(nn.Module):
@@ -51,8 +55,7 @@ class PostNormResidual(nn.Module):
         return self._add_some if training and self.rate else self._add
 
     def _add(self, output: tuple[Tensor, None], residual: Tensor, _probability: float) -> Tensor:
-        added: Tensor = residual + self.norm(output[0])
-        return added
+        return self.norm.add_to(residual, output[0])
 
     def _add_some(self, output: tuple[Tensor, None], residual: Tensor, _probability: float) -> Tensor:
         assert self._numbers_sb is not None, "dropout needs to know its tokens"

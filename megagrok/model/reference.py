@@ -193,7 +193,9 @@ class SparseMoE(nn.Module):
             y_tD = expert(x_TD.index_select(0, token_t)) * weights_TK[token_t, choice_t, None]
             y_TD = y_TD.index_add(0, token_t, y_tD)
         tokens_per_expert_E = experts_TK.flatten().bincount(minlength=self.config.num_experts)
-        balance_sum = balance_loss_sum(self.config.balance_loss, probabilities_TE, tokens_per_expert_E, load_E)
+        balance_sum = balance_loss_sum(
+            self.config.balance_loss, probabilities_TE.sum(dim=0), tokens_per_expert_E, load_E
+        )
         return y_TD.to(x_TD.dtype), Routing(tokens_per_expert_E, balance_sum, z_loss_sum(logits_TE))
 
 

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megagrok.config.schema import ModelConfig, RunConfig
+from megagrok.kernels.chosen import Kernels, choose_kernels
 from megagrok.parallel.groups import ProcessGroups
 from megagrok.platform import Platform
 
@@ -18,6 +19,7 @@ class GrokTransformerConfig(TransformerConfig):
 
     grok: ModelConfig
     groups: ProcessGroups
+    kernels: Kernels
     dropout_seed: int
 
 
@@ -33,6 +35,7 @@ def make_transformer_config(run: RunConfig, groups: ProcessGroups, platform: Pla
     return GrokTransformerConfig(
         grok=model,
         groups=groups,
+        kernels=choose_kernels(run.kernels, platform.device),
         dropout_seed=run.train.seed,
         # Architecture
         num_layers=model.num_layers,

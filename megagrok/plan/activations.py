@@ -15,7 +15,13 @@ from functools import lru_cache
 
 from megagrok.config.schema import Recompute
 from megagrok.plan.shape import Habits, Shape
-from megagrok.plan.work import ATTENTION_BLOCKS, SHORTEST_BLOCK, Slice
+from megagrok.plan.work import (
+    ATTENTION_BLOCK_BYTES,
+    ATTENTION_BLOCKS,
+    SHORTEST_BLOCK,
+    Slice,
+    head_chunk_tokens,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,45 +72,42 @@ def layer_bytes(
 
 @lru_cache(maxsize=4096)
 def head_bytes(shape: Shape, part: Slice, habits: Habits) -> tuple[float, float]:
-    """The last norm, kept from forward to backward pass; and the logits at their fullest, in the backward pass."""
-    stream = part.own_tokens * shape.hidden
+    """The last norm, kept from forward to backward pass; and what stands at the fullest moment of the loss."""
+    e, stream = part.element_bytes, part.own_tokens * shape.hidden
     logits = part.tokens * shape.vocab / part.tensor
     if habits.fused:
         # bf16 logits, and their fp32 softmax, which becomes the gradient in place.
-        return 2 * part.element_bytes * stream, (part.element_bytes + 4) * logits
-    # fp32: capped logits, softmax, and the gradient behind the cap.
-    return ((12 if part.element_bytes == 4 else 10) - 4 * habits.fuses_norms) * stream, 12 * logits
+        return 2 * e * stream, (e + 4) * logits
+    chunk = logits * head_chunk_tokens(shape, part) / part.tokens
+    weight, hidden = shape.vocab / part.tensor * shape.hidden, part.tokens * shape.hidden
+    # Of a chunk: what was sigmoid, and exponential, fp32. Of all: the weight's gradient in fp32, that of hidden states.
+    return 2 * e * stream, (8 + (e == 2) * e) * chunk + 4 * weight + e * hidden + e * hidden * part.sequence
 
 
-def score_elements(shape: Shape, part: Slice) -> tuple[float, float]:
-    """Attention scores of one rank and layer in one micro-batch: all of them, and of the largest run of queries."""
+def largest_block(shape: Shape, part: Slice) -> float:
+    """Attention scores that exist at once on a GPU: of one run of queries, as many kv heads as fit."""
     queries = part.seq_len // part.context
-    per_pair = part.micro_batch * shape.heads / part.tensor
-    if part.context > 1:
-        return per_pair * queries * part.seq_len, per_pair * queries * part.seq_len
-    run = max(SHORTEST_BLOCK, math.ceil(queries / ATTENTION_BLOCKS))
-    ends = [min(start + run, queries) for start in range(0, queries, run)]
-    starts = [0, *ends[:-1]]
-    pairs = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
-    return per_pair * pairs, per_pair * min(run, queries) * queries
+    run = min(queries, max(SHORTEST_BLOCK, math.ceil(queries / ATTENTION_BLOCKS)))
+    of_head = run * part.seq_len * shape.heads / shape.kv_heads
+    heads = part.micro_batch * shape.kv_heads / part.tensor
+    return of_head * min(heads, max(1, ATTENTION_BLOCK_BYTES // (4 * of_head)))
 
 
 def _unfused(shape: Shape, part: Slice, fp8: bool, habits: Habits, has_experts: bool) -> _Parts:
-    """Each torch call keeps what its own derivative needs."""
+    """What each of the kernels in torch keeps (kernels/*/README.md), and Megatron's linears."""
     e, t, own, h = part.element_bytes, part.tokens, part.own_tokens, shape.hidden
     routed = t / part.tensor
-    # Each of four norms keeps its fp32 input and, unfused, what it scales by the gain. In fp32 the inputs are the
-    # residual sums and the results of attention and experts themselves, and the outputs what matrices read.
-    stream = own * h * ((40 if e == 4 else 34) - 16 * habits.fuses_norms) + 16 * own
+    # Each of four norms keeps its input and a number a token; the results of two are what matrices read.
+    stream = own * (6 * e * h + 16)
     mlp, rows = 0.0, 0.0
     if has_experts:
-        mlp += (4 * routed * h if e == 2 else 0) + routed * (12 * shape.experts + 32 * shape.top_k)
-        rows = e * routed * shape.top_k * (2 * h + 4 * shape.expert_ffn) + 8 * routed * shape.top_k * (part.expert > 1)
-    elif e == 2:
-        mlp += e * own * h
+        # Router: capped logits and probabilities; weights and places of a token's rows.
+        mlp += routed * (8 * shape.experts + 40 * shape.top_k)
+        arrived = (e * h + 12) * (part.expert > 1)
+        rows = routed * shape.top_k * (2 * e * shape.expert_ffn + arrived)
     dense_width = shape.shared_ffn if has_experts else shape.dense_ffn
     if dense_width:
-        mlp += e * t * 5 * dense_width / part.tensor + (e * own * h if has_experts and e == 2 else 0)
+        mlp += e * t * 5 * dense_width / part.tensor
     return _Parts(stream, *_kept_attention(shape, part, habits), mlp, rows)
 
 
@@ -135,9 +138,8 @@ def _kept_attention(shape: Shape, part: Slice, habits: Habits) -> tuple[float, f
     angles = 4 * e * part.seq_len / part.context * shape.head_dim
     # Rotated queries and keys are tensors of their own; values are a view, which keeps all that the matrix returned.
     kept = 2 * heads + (3 * kv_heads + heads if part.context == 1 else 2 * kv_heads * part.context)
-    scores, _ = score_elements(shape, part)
-    # Capped scores and weights in fp32, and the weights once more as the values' matmul reads them.
-    return e * t * c * kept + angles, scores * (8 if e == 4 else 10)
+    # Log-sum-exp of each query, which selective recomputation drops.
+    return e * t * c * kept + angles, 4 * t * heads / part.tensor
 
 
 def _backward(
@@ -150,22 +152,26 @@ def _backward(
         width = shape.expert_ffn * shape.top_k / part.tensor if has_experts else shape.dense_ffn / part.tensor
         rows = 2 * e * part.tokens * width * (has_experts and 1)
         return 2 * e * own * h + 2 * e * part.tokens * width, rows
-    # A norm's backward pass: fp32 gradients in and out, and unfused four more such tensors.
-    norm = (e + 8 if habits.fuses_norms else 20 if e == 4 else 18) * own * h
+    # A norm's backward pass: gradients in and out, and what passes by on the residual.
+    norm = 3 * e * own * h
     moments = [(norm, 0.0)]
-    of_norm = (4 if habits.fuses_norms else 8) * own * h
-    freed = of_norm + parts.mlp + parts.rows
+    freed = e * own * h
     if has_experts:
-        routed = part.tokens / part.tensor * shape.top_k * h
-        combine = 8 * routed + ((8 if e == 4 else 6) * own * h - (4 * own * h if e == 4 else of_norm))
-        moments.append((combine, 0.0))
-        # A matrix of all local experts: the gradient as it comes, stacked, and summed in fp32.
-        stacked = max(1, shape.experts // part.expert) * 2 * shape.expert_ffn * h
-        moments.append(((8 if e == 4 else 6) * stacked + e * own * h - of_norm - parts.rows + e * routed, 0.0))
-    if habits.attention == "scores":
-        _, largest = score_elements(shape, part)
-        again = parts.scores if recompute == "selective" else 0.0
-        freed += 2 * of_norm
-        # Gradients of a run's weights and scores, fp32; its bf16 weights are gone by then.
-        moments.append((again + (8 if e == 4 else 6) * largest + e * own * h - freed, -parts.rows))
+        local = max(1, shape.experts / part.expert)
+        N = part.tokens / part.tensor * (shape.top_k if part.expert > 1 else 1)
+        rows = part.tokens / part.tensor * shape.top_k
+        weights = 3 * local * shape.expert_ffn * h
+        scratch = e * rows / local * (3 * h + 5 * shape.expert_ffn)
+        # Gradient of the result, its fp32 sum for the input, scratch of one expert, gradients of the weights.
+        moments.append(((e + 4) * N * h + scratch + e * weights + e * own * h - freed, (e + 4) * N * h))
+        # Then added to their fp32 sums.
+        moments.append(((e + 4) * weights + e * N * h - freed - parts.rows, -parts.rows))
+    # Keys and values by head; their gradients in fp32, and that of queries; a block of scores, widened three times.
+    c, heads, kv_heads = shape.head_dim / part.tensor, shape.heads, shape.kv_heads
+    keys = part.tokens * c * kv_heads * part.context
+    queries = part.tokens * c * heads
+    block = largest_block(shape, part) * (12 if e == 4 else 14)
+    moments.append(
+        ((2 * e + 8) * keys + 2 * e * queries + block + e * own * h - freed - parts.mlp - parts.rows, -parts.rows)
+    )
     return max(moments)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megagrok.plan.memory import stage_layers
 from megagrok.plan.shape import Habits, Layout, Shape
-from megagrok.plan.work import Message, Slice, embedding_work, head_work, layer_work, update_messages
+from megagrok.plan.work import ATTENTION_PASSES, Message, Slice, embedding_work, head_work, layer_work, update_messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,12 @@ def rank_work(shape: Shape, layout: Layout, habits: Habits, stage: int) -> RankW
     ]
     ends = [embedding_work(shape, part)] if stage == 0 else []
     ends += [head_work(shape, part)] if stage == layout.pipeline - 1 else []
-    forward = sum(work.matmul_flops + work.attention_flops for work in (*works, *ends))
+    matmuls, attention = (
+        sum(work.matmul_flops for work in (*works, *ends)),
+        sum(work.attention_flops for work in works),
+    )
+    # Gradients that the forward pass makes already.
+    early = 2 * sum(work.matmul_flops for work in ends if work.makes_gradients_forward)
     again = {
         "none": 0.0,
         "selective": sum(work.attention_flops for work in works),
@@ -56,7 +61,13 @@ def rank_work(shape: Shape, layout: Layout, habits: Habits, stage: int) -> RankW
         moved["pipeline"] += _sent_bytes(shape, layout, part, stage)
     once: defaultdict[str, float] = defaultdict(float)
     _add(once, update_messages(shape, layout, habits, stage))
-    return RankWork(forward, 2 * forward, again, dict(moved), dict(once))
+    return RankWork(
+        matmuls + attention + early,
+        2 * matmuls + (ATTENTION_PASSES - 1) * attention - early,
+        again,
+        dict(moved),
+        dict(once),
+    )
 
 
 def _sent_bytes(shape: Shape, layout: Layout, part: Slice, stage: int) -> float:

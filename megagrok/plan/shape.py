@@ -128,7 +128,8 @@ class Habits:
     """What a trainer does that neither model nor layout says."""
 
     attention: Literal["flash", "scores"]
-    """flash: scores stay on chip.  scores: in memory, in up to eight runs of queries (megagrok's soft-cap in torch)."""
+    """flash: scores stay on chip.  scores: in memory, one run of queries at a time (megagrok's soft-cap in torch). Both
+    make them again in the backward pass."""
     experts: Literal["grouped", "loop"]
     """Expert matmuls in one grouped kernel, or one after the other."""
     fused: bool
@@ -156,8 +157,6 @@ class Habits:
     """Under ZeRO, updated weights are gathered in a buffer of their own before they are copied in."""
     moment_bytes: int = 8
     """Of one parameter: AdamW's two moments, fp32; some trainers keep them in bf16."""
-    fuses_norms: bool = True
-    """Norms in one kernel, as torch has them on a GPU. On a CPU each keeps what it scales by the gain, too."""
     gather_buffers: int = 1
     """Under sequence parallelism, buffers that stay for gathering what the tensor ranks split: a whole micro-batch's
     hidden states each."""

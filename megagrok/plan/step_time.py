@@ -14,6 +14,7 @@ from megagrok.plan.cost import Machine, StepSeconds
 from megagrok.plan.network import Span, message_seconds
 from megagrok.plan.shape import Habits, Layout, Shape
 from megagrok.plan.work import (
+    ATTENTION_PASSES,
     Matmul,
     Message,
     Slice,
@@ -24,9 +25,6 @@ from megagrok.plan.work import (
     stage_params,
     update_messages,
 )
-
-ATTENTION_PASSES = 3.5
-"""Forward 1, backward 2.5: it computes the scores again (FlashAttention, Dao et al. 2022)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +155,7 @@ class _Rates:
         peak = gpu.peak("bf16" if self.precision == "fp8" else self.precision)
         peak *= constants.attention if habits.fused or habits.attention == "scores" else constants.older_attention
         core = work.attention_flops / peak + work.score_bytes / bandwidth
-        attention = core * (ATTENTION_PASSES if habits.attention == "flash" else 3.0)
+        attention = core * ATTENTION_PASSES
         moved = (3 * constants.moved * slower * work.moved_bytes + cast) / bandwidth
         tensor = self._messages_seconds(work, part, "tensor", constants.tensor_hidden * habits.overlaps_tensor)
         context = self._messages_seconds(work, part, "context", constants.context_hidden * habits.fused)

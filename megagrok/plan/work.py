@@ -18,12 +18,19 @@ from megagrok.plan.shape import Habits, Layout, Shape
 Group = Literal["tensor", "context", "expert", "pipeline", "data", "expert_data"]
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
-ATTENTION_BLOCKS = 8
-"""Runs of queries in which megagrok's attention leaves out later keys (model/attention.py)."""
+ATTENTION_BLOCKS = 32
+"""Runs of queries at most in which megagrok's attention in torch leaves out later keys (kernels/attention)."""
 SHORTEST_BLOCK = 64
 """Queries of one run at least."""
-SCORE_BYTES = 40
-"""Forward, per score: written 2, made fp32 2 + 4, capped 8, masked 8, softmax 8, rounded 4 + 2, read 2."""
+ATTENTION_BLOCK_BYTES = 2**28
+"""Of the fp32 scores that exist at once on a GPU, if that holds one kv head."""
+ATTENTION_PASSES = 3.5
+"""Forward 1, backward 2.5: it computes the scores again (FlashAttention, Dao et al. 2022)."""
+SCORE_BYTES = 60
+"""Forward, per score: written 2, made fp32 2 + 4, capped 8, its highest sought 4, scaled 8, shifted 8, exponential 8,
+added up 4, rounded 4 + 2, read 2; 4 more for masks."""
+HEAD_CHUNK_BYTES, HEAD_CHUNK_TOKENS = 256 * 2**20, 2048
+"""Of the fp32 logits that exist at once on a GPU, or so many tokens' if that is more (kernels/cross_entropy)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ class Work:
     """Forward and backward pass of one part of the model on one rank, one micro-batch, routing balanced."""
 
     matmuls: tuple[Matmul, ...]
-    """Forward; the backward pass has two of the same size for each."""
+    """Forward; each has two of the same size for its gradients."""
     expert_matmuls: tuple[Matmul, ...]
     attention_flops: float
     """Forward: scores and weighted values as they are computed."""
@@ -68,6 +75,8 @@ class Work:
     """Launches of the forward pass."""
     forward: tuple[Message, ...]
     backward: tuple[Message, ...]
+    makes_gradients_forward: bool = False
+    """The matmuls of the backward pass belong to the forward pass, as the output head's do."""
 
     @property
     def matmul_flops(self) -> float:
@@ -168,17 +177,28 @@ def head_work(shape: Shape, part: Slice) -> Work:
     t, h, size = part.tokens, shape.hidden, part.element_bytes
     whole = t * h * size
     logits = t * shape.vocab / part.tensor
-    statistics = (Message("tensor", "all_reduce", 4.0 * t, 3),) if part.tensor > 1 else ()
+    chunks = math.ceil(t / head_chunk_tokens(shape, part))
+    # Sum of exponentials, the label's logit, and whether it is here.
+    statistics = (Message("tensor", "all_reduce", 12.0 * t / chunks, chunks),) if part.tensor > 1 else ()
+    # Hidden states are not gathered again, because the weight's gradient is made at once.
+    back = [message for message in _enter_back(part, whole) if message.op != "all_gather"]
     return Work(
         (Matmul(t, h, shape.vocab / part.tensor),),
         (),
         0.0,
         0.0,
         2.0 * part.own_tokens * h * size + logits * (size + 4 * 4.0),
-        12.0,
+        30.0 * chunks,
         (*_enter(part, whole), *statistics),
-        tuple(_enter_back(part, whole)),
+        tuple(back),
+        makes_gradients_forward=True,
     )
+
+
+def head_chunk_tokens(shape: Shape, part: Slice) -> float:
+    """Tokens whose logits exist at once."""
+    fits = HEAD_CHUNK_BYTES * part.tensor / (4 * shape.vocab)
+    return min(part.tokens, max(fits, HEAD_CHUNK_TOKENS))
 
 
 @lru_cache(maxsize=1024)
@@ -193,7 +213,7 @@ def attention_flops(shape: Shape, part: Slice, habits: Habits) -> float:
     """Scores and weighted values of one layer and micro-batch on one rank, forward, as they are computed.
 
     The causal half where scores stay on chip, or where context ranks take an early and a late piece each. In torch, a
-    run of queries meets all keys up to its last: with 8 runs 9/16 of the square, under context parallelism all of it.
+    run of queries meets all keys up to its last: with 32 runs 33/64 of the square, under context parallelism all of it.
     """
     square = 4.0 * part.tokens * part.seq_len * shape.heads * shape.head_dim / part.tensor
     if habits.attention == "flash":
@@ -206,7 +226,7 @@ def attention_flops(shape: Shape, part: Slice, habits: Habits) -> float:
 
 
 def score_bytes(shape: Shape, part: Slice, habits: Habits) -> float:
-    """Scores are written, made fp32, capped, masked, normalised and rounded: SCORE_BYTES for each of them."""
+    """Where scores pass through memory: SCORE_BYTES for each of them."""
     if habits.attention == "flash":
         return 0.0
     return attention_flops(shape, part, habits) / (4.0 * shape.head_dim) * SCORE_BYTES
@@ -289,7 +309,8 @@ def _dispatch(shape: Shape, part: Slice, own: float) -> list[Message]:
     rows = own * shape.top_k * shape.hidden * part.element_bytes
     messages = []
     if part.expert > 1:
-        messages.append(Message("expert", "all_to_all", rows, 2))
+        # Rows there and back, and the weights of the rows, fp32.
+        messages += [Message("expert", "all_to_all", rows, 2), Message("expert", "all_to_all", 4 * own * shape.top_k)]
     if part.expert_tensor > 1:
         size = rows * part.expert_tensor
         messages += [Message("tensor", "all_gather", size), Message("tensor", "reduce_scatter", size)]

@@ -2,11 +2,9 @@
 
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -22,7 +20,6 @@ from megagrok.parallel.topology import Topology
 from megagrok.plan import num_micro_batches
 from megagrok.platform import Platform
 from megagrok.rehearse.collectives import Collectives
-from megagrok.rehearse.gpu_kernels import NormsAsOnGpu
 from megagrok.rehearse.known import KnownNumbers
 from megagrok.rehearse.load import Load
 from megagrok.rehearse.observer import Observer
@@ -31,15 +28,13 @@ from megagrok.rehearse.rehearsal import Memory, Rehearsal
 from megagrok.rehearse.storages import Storage
 
 _TIMEOUT_SECONDS = 60.0
-Device = Literal["gpu", "cpu"]
 
 
-def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None, device: Device = "gpu") -> Rehearsal:
+def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None) -> Rehearsal:
     """Walk one step of rank `rank` of the whole job, in a process of its own (Megatron and DeepSpeed keep their groups
     in globals). The run has to be one that `plan.check` accepts.
 
     fullest: share of all choices that goes to the fullest expert, which is this rank's; None is balanced.
-    device: whose kernels, where torch has others on a CPU: what they make and keep.
     Raises TopologyError for a rank that the layout does not have, ConfigError for a share that no routing has.
     """
     topology = Topology.of(run.parallel)
@@ -48,7 +43,7 @@ def rehearse(run: RunConfig, rank: int, *, fullest: float | None = None, device:
     place = topology.coordinates(rank)
     load = Load.of(run.model.moe, topology.expert, place.expert, fullest)
     (rehearsal,) = launch.run_ranks(
-        partial(_walk, run=run, rank=rank, load=load, device=device),
+        partial(_walk, run=run, rank=rank, load=load),
         1,
         timeout_seconds=_TIMEOUT_SECONDS,
         log_of=_unread,
@@ -69,7 +64,7 @@ def _unread(_rank: int) -> Path:
     return Path(os.devnull)
 
 
-def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load, device: Device) -> Rehearsal:
+def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load) -> Rehearsal:
     """In the forked process."""
     started = time.perf_counter()
     topology = Topology.of(run.parallel)
@@ -83,7 +78,7 @@ def _walk(_alone: Ranks, run: RunConfig, rank: int, load: Load, device: Device) 
         )
         collectives = Collectives(kinds_of_groups(groups))
         observer = Observer(collectives, KnownNumbers(load))
-        with pretended_tensors(), NormsAsOnGpu() if device == "gpu" else nullcontext():
+        with pretended_tensors():
             batch = _batch_of_zeros(run, micro_batches)
             moments = take_step(as_walked(run), groups, FAKE, observer, batch, fill=lambda *_: None)
         return Rehearsal(

@@ -15,6 +15,7 @@ import torch
 from megagrok.config import RunConfig
 from megagrok.data.prepare import PreparedData
 from megagrok.errors import MachineError
+from megagrok.kernels.choice import check_kernels
 from megagrok.parallel.beats import Beat, Beats
 from megagrok.parallel.crew import meet
 from megagrok.parallel.launch import count_gpus, run_ranks
@@ -49,6 +50,7 @@ def launch(run: RunConfig, files: RunFiles, nodes: Nodes, stop: StopRequest, req
     on_gpus = _uses_gpus(mine, nodes)
     if not on_gpus:
         check_precision(CPU, run.train.precision)
+        check_kernels(run.kernels, CPU.device)
     beats = Beats(mine.start, len(mine))
     with meet(nodes, timeout_seconds=_MEET_SECONDS) as launchers, ExitStack() as held:
         taken: list[Lease] = []

@@ -374,9 +374,9 @@ def test_the_gradient_is_the_slope_of_the_training_loss(tied: bool, balance_loss
 
 def test_the_balance_loss_is_one_a_token_under_uniform_use() -> None:
     p_TE, even_E = torch.full((7, 4), 0.25), torch.full((4,), 14)
-    assert balance_loss_sum("micro_batch", p_TE, even_E, None).item() == pytest.approx(7)
-    assert balance_loss_sum("global_batch", p_TE, even_E, None).item() == pytest.approx(7)
-    assert balance_loss_sum("none", p_TE, even_E, None).item() == 0
+    assert balance_loss_sum("micro_batch", p_TE.sum(0), even_E, None).item() == pytest.approx(7)
+    assert balance_loss_sum("global_batch", p_TE.sum(0), even_E, None).item() == pytest.approx(7)
+    assert balance_loss_sum("none", p_TE.sum(0), even_E, None).item() == 0
 
 
 def test_the_balance_loss_of_one_taste_is_between_one_and_experts_over_top_k() -> None:
@@ -385,7 +385,7 @@ def test_the_balance_loss_of_one_taste_is_between_one_and_experts_over_top_k() -
     for sharpness in (0.0, 0.1, 1.0, 30.0):
         p_TE = (torch.randn(1, 6, generator=noise) * sharpness).softmax(dim=-1).expand(10, 6)
         counts_E = p_TE.topk(2, dim=-1).indices.flatten().bincount(minlength=6)
-        loss = balance_loss_sum("micro_batch", p_TE, counts_E, None).item()
+        loss = balance_loss_sum("micro_batch", p_TE.sum(0), counts_E, None).item()
         assert 10 * (1 - 1e-6) <= loss <= 10 * 6 / 2 * (1 + 1e-6)
 
 

@@ -14,8 +14,7 @@ from megagrok.plan.stage_memory import stage_memory
 from megagrok.rehearse import rehearse
 
 STATE, ACTIVATIONS = 0.01, 0.10
-# The way of the CPU, where torch keeps the parts of a norm.
-ENGINE = replace(MEGAGROK, routing="balanced", fuses_norms=False)
+ENGINE = replace(MEGAGROK, routing="balanced")
 SMALL = replace(
     MODEL,
     num_layers=4,
@@ -92,7 +91,7 @@ def test_every_stage_of_the_pretraining_run_holds_what_the_plan_says(recompute: 
 def check_stage(run: RunConfig, stage: int) -> None:
     layout = Layout.of(run)
     planned = stage_memory(Shape.of(run.model), layout, ENGINE)[stage]
-    found = rehearse(run, stage * (layout.world_size // layout.pipeline), device="cpu")
+    found = rehearse(run, stage * (layout.world_size // layout.pipeline))
     counted = found.forward_backward
     assert planned.weights == pytest.approx(counted.weights, rel=STATE)
     assert planned.gradients == pytest.approx(counted.gradients, rel=STATE)

@@ -97,7 +97,7 @@ def test_a_rehearsal_counts_what_real_ranks_do(name: str) -> None:
     run = RUNS[name]
     assert micro_batches_to_walk(run, 0) == num_micro_batches(run, run.train.global_batch)
     real = run_ranks(real_step, 2, run=run)
-    rehearsed = [rehearse(run, rank, device="cpu") for rank in range(2)]
+    rehearsed = [rehearse(run, rank) for rank in range(2)]
     assert_same(run, real, rehearsed)
     for (_, _, moments), found in zip(real, rehearsed, strict=True):
         for moment in ("build", "forward_backward", "reduce", "step"):

@@ -1,9 +1,9 @@
 """Contender: Megatron-core's own GPTModel with its own MoELayer, DotProductAttention and pipeline schedule.
 
 Same translation of the settings as megagrok's model, so the same sizes and layout. What it does less of than Grok: no
-soft-caps, no norms after the sub-blocks. What stands in for parts that need a GPU or apex: an RMSNorm (Megatron's
-refuses sequence parallelism), the optimizer (torch's fused AdamW around one all-reduce for the norm, less work than
-either library's own), and three names that its modules look up (see `_meet_the_cpu`).
+soft-caps, no norms after the sub-blocks. What stands in for parts that need a GPU or apex: torch's RMSNorm (Megatron's
+wrapper of it refuses sequence parallelism), the optimizer (torch's fused AdamW around one all-reduce for the norm, less
+work than either library's own), and three names that its modules look up (see `_meet_the_cpu`).
 """
 
 # M micro-batches of this data rank, B micro-batch, S sequence
@@ -27,7 +27,6 @@ from megagrok.bench.peers.contender import count_parameters, not_finite
 from megagrok.config import RunConfig
 from megagrok.data.batches import Batch
 from megagrok.engine.gradients import global_norm, sum_over_tensor_ranks
-from megagrok.model.norm import RMSNorm
 from megagrok.model.parts import LocalParameter
 from megagrok.model.transformer_config import GrokTransformerConfig, make_transformer_config
 from megagrok.parallel.groups import ProcessGroups
@@ -128,12 +127,12 @@ def _own_moe_config(run: RunConfig, groups: ProcessGroups, platform: Platform) -
 
 def _build(config: GrokTransformerConfig, run: RunConfig, groups: ProcessGroups) -> GPTModel:
     layer = get_gpt_layer_local_spec(num_experts=run.model.moe.num_experts, normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.input_layernorm = _Norm
+    layer.submodules.pre_mlp_layernorm = _Norm
     layers = [layer] * get_num_layers_to_build(config)
     return GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=_Norm),
         vocab_size=run.model.vocab_size,
         max_sequence_length=run.train.seq_len,
         pre_process=groups.is_first_stage,
@@ -142,6 +141,14 @@ def _build(config: GrokTransformerConfig, run: RunConfig, groups: ProcessGroups)
         position_embedding_type="rope",
         rotary_base=int(run.model.rope_theta),
     )
+
+
+class _Norm(nn.RMSNorm):
+    """torch's, tagged as Megatron's own norms are: under sequence parallelism its gradient is a part of the whole."""
+
+    def __init__(self, config: GrokTransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def _placed(parameter: nn.Parameter) -> LocalParameter:

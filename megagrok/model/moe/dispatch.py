@@ -1,11 +1,16 @@
-"""Bring each token to its experts and back: sort by expert, exchange over the expert ranks, sort again. Drops nothing.
+"""Bring each token to its experts and back. Drops nothing.
 
-    tokens --sort--> rows by expert --exchange--> rows by (source rank, local expert) --regroup--> rows by local expert
+On one expert rank nothing moves: the experts pick their tokens out of x themselves, and add up what they make of them.
+On several, rows travel:
 
-`combine` walks the same way back and sums a token's K results, weighted.
+    tokens --sort--> rows by expert --exchange--> rows by (source rank, local expert), which the experts pick from
+    and put back in place --exchange--> rows by expert --gather and sum--> tokens
+
+A row's weight travels with it, so that the experts fold it in, and nobody keeps their results for its gradient.
 """
 
-# T this rank's tokens, K top-k, D hidden, E experts, e = E / ep experts of this rank, R rows that this rank computes
+# T this rank's tokens, K top-k, D hidden, E experts, e = E / ep experts of this rank, R rows that this rank computes,
+# N rows of what they are picked from: T on one rank, R on several
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,63 +19,90 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagrok.kernels.permute import Permute
+
+
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """What `combine` needs to bring rows home."""
+
+    sent: list[int]
+    received: list[int]
+    inverse_TK: Tensor
+    """(token, choice) -> its row among those that this rank sent."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Rows sorted by local expert, and what `combine` needs to undo it."""
+    """What this rank's experts work on: row r is source_R[r] of x_ND; rows sorted by local expert."""
 
-    rows_RD: Tensor
+    x_ND: Tensor
+    source_R: Tensor
+    weight_R: Tensor
     rows_per_expert: list[int]
     """Rows of each local expert, on the host; sums to R."""
-    order: Tensor
-    """Sorted row -> index of the (token, choice) pair in T * K."""
-    sent: list[int]
-    received: list[int]
-    regroup: Tensor | None
+    journey: Journey | None
+    """None where nothing travelled."""
 
 
-def dispatch(x_TD: Tensor, experts_TK: Tensor, tokens_per_expert_E: Tensor, group: dist.ProcessGroup) -> Dispatched:
+def dispatch(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    tokens_per_expert_E: Tensor,
+    group: dist.ProcessGroup,
+    permute: Permute,
+) -> Dispatched:
     """Send every (token, choice) pair to the rank that owns its expert.
 
-    Collective over `group`, also with T = 0; its size divides E. Differentiable in x_TD. Waits on the host once, for
-    the row counts. tokens_per_expert_E: int64 counts of experts_TK.
+    Collective over `group`, also with T = 0; its size divides E. Differentiable in x_TD and weights_TK. Waits on the
+    host once, for the row counts. tokens_per_expert_E: int64 counts of experts_TK.
     """
-    top_k = experts_TK.shape[1]
-    order = experts_TK.flatten().argsort(stable=True)
-    rows = x_TD.index_select(0, order // top_k)
+    num_tokens, top_k = experts_TK.shape
+    order_R = experts_TK.flatten().argsort(stable=True)
+    token_R, weight_R = order_R // top_k, weights_TK.flatten().index_select(0, order_R)
     size = dist.get_world_size(group)
     if size == 1:
-        counts = tokens_per_expert_E.tolist()
-        return Dispatched(rows, counts, order, [len(rows)], [len(rows)], None)
+        return Dispatched(x_TD, token_R, weight_R, tokens_per_expert_E.tolist(), None)
     incoming_E = torch.empty_like(tokens_per_expert_E)
     dist.all_to_all_single(incoming_E, tokens_per_expert_E, group=group)
-    incoming_re = incoming_E.view(size, -1)
-    on_host = torch.stack([tokens_per_expert_E.view(size, -1).sum(1), incoming_re.sum(1)]).tolist()
-    sent, received = on_host[0], on_host[1]
-    arrived = _exchange(rows, sent, received, group)
-    regroup = _by_expert(incoming_re)
-    return Dispatched(arrived.index_select(0, regroup), incoming_re.sum(0).tolist(), order, sent, received, regroup)
+    counts = torch.cat([incoming_E, tokens_per_expert_E]).tolist()
+    local = len(incoming_E) // size
+    received, sent = _sums(counts[: size * local], local), _sums(counts[size * local :], local)
+    inverse_TK = _inverse(order_R).view(num_tokens, top_k)
+    source_R = _by_expert(incoming_E.view(size, local), sum(received))
+    return Dispatched(
+        x_ND=_exchange(permute.permute(x_TD, token_R, inverse_TK), sent, received, group),
+        source_R=source_R,
+        weight_R=_exchange(weight_R[:, None], sent, received, group)[:, 0].index_select(0, source_R),
+        rows_per_expert=[sum(counts[expert : size * local : local]) for expert in range(local)],
+        journey=Journey(sent, received, inverse_TK),
+    )
 
 
-def combine(rows_RD: Tensor, weights_TK: Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> Tensor:
-    """Send the experts' results home and sum each token's K of them, weighted. The inverse of `dispatch`; collective.
+def combine(y_ND: Tensor, dispatched: Dispatched, group: dist.ProcessGroup, permute: Permute) -> Tensor:
+    """Send the experts' weighted results home and sum each token's K of them. The inverse of `dispatch`; collective.
 
-    Returns [T, D] in the rows' dtype; the weighted sum is fp32.
+    y_ND lies as dispatched.x_ND does. Returns [T, D] in its dtype; the sum is fp32.
     """
-    if dispatched.regroup is not None:
-        ungrouped = rows_RD.index_select(0, _inverse(dispatched.regroup))
-        rows_RD = _exchange(ungrouped, dispatched.received, dispatched.sent, group)
-    num_tokens, top_k = weights_TK.shape
-    rows_TKD = rows_RD.index_select(0, _inverse(dispatched.order)).view(num_tokens, top_k, rows_RD.shape[1])
-    # Not a product of T small matrices: their backward pass takes three times as long on a CPU.
-    return (weights_TK[:, :, None] * rows_TKD).sum(dim=1).to(rows_RD.dtype)
+    journey = dispatched.journey
+    if journey is None:
+        return y_ND
+    rows_RD = _exchange(y_ND, journey.received, journey.sent, group)
+    return permute.unpermute(rows_RD, journey.inverse_TK)
 
 
-def _by_expert(rows_re: Tensor) -> Tensor:
-    """Permutation from rows ordered by (source rank, local expert) to rows ordered by (local expert, source rank)."""
+def _sums(counts: list[int], run: int) -> list[int]:
+    """Of each `run` counts."""
+    return [sum(counts[start : start + run]) for start in range(0, len(counts), run)]
+
+
+def _by_expert(rows_re: Tensor, num_rows: int) -> Tensor:
+    """Places of rows by (local expert, source rank) among rows by (source rank, local expert)."""
     num_ranks, num_experts = rows_re.shape
     expert_of_run = torch.arange(num_experts, device=rows_re.device).repeat(num_ranks)
-    return expert_of_run.repeat_interleave(rows_re.flatten()).argsort(stable=True)
+    # Their number is known, so the host need not ask for it.
+    return expert_of_run.repeat_interleave(rows_re.flatten(), output_size=num_rows).argsort(stable=True)
 
 
 def _inverse(permutation: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class GrokMoE(MoE):
         self.num_local_experts = self.num_experts // config.expert_model_parallel_size
         self.expert_group_name = expert_group_name(config.expert_model_parallel_size)
         self.groups = config.groups
+        self.permute = config.kernels.permute
         # Without sequence parallelism the tensor ranks hold the same tokens; each then takes an equal part of them.
         self.tokens_are_replicated = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         self.router = Router(config)
@@ -88,9 +89,8 @@ class GrokMoE(MoE):
         routing = self.router(x_TD)
         weights_TK = self._charge(routing) if torch.is_grad_enabled() else routing.weights_TK
         group = self.groups.expert
-        dispatched = dispatch(x_TD, routing.experts_TK, routing.tokens_per_expert_E, group)
-        rows_RD = self.experts(dispatched.rows_RD, dispatched.rows_per_expert)
-        y_sbD = combine(rows_RD, weights_TK, dispatched, group).view_as(x_sbD)
+        dispatched = dispatch(x_TD, routing.experts_TK, weights_TK, routing.tokens_per_expert_E, group, self.permute)
+        y_sbD = combine(self.experts(dispatched), dispatched, group, self.permute).view_as(x_sbD)
         if self.tokens_are_replicated:
             y_sbD = gather_from_sequence_parallel_region(
                 y_sbD, tensor_parallel_output_grad=False, group=self.groups.tensor

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagrok.model.loss import balance_loss_sum, z_loss_sum
+from megagrok.model.loss import balance_loss_sum
 from megagrok.model.transformer_config import GrokTransformerConfig
 
 
@@ -36,6 +35,7 @@ class Router(nn.Module):
     def __init__(self, config: GrokTransformerConfig) -> None:
         super().__init__()
         self.moe = config.grok.moe
+        self.route = config.kernels.router
         self.micro_batch_group = config.groups.tensor_context
         num_experts = self.moe.num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, dtype=config.params_dtype))
@@ -44,22 +44,17 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         moe = self.moe
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
-        if moe.router_softcap is not None:
-            logits_TE = torch.tanh(logits_TE / moe.router_softcap) * moe.router_softcap
-        probabilities_TE = logits_TE.softmax(dim=-1)
-        weights_TK, experts_TK = probabilities_TE.topk(moe.top_k, dim=-1)
-        if moe.renormalize_top_k:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        tokens_per_expert_E = experts_TK.flatten().bincount(minlength=moe.num_experts)
-        counts_E = self._micro_batch_counts(tokens_per_expert_E)
-        return Routing(
-            weights_TK,
-            experts_TK,
-            tokens_per_expert_E,
-            balance_loss_sum(moe.balance_loss, probabilities_TE, counts_E, self.load_E),
-            z_loss_sum(logits_TE),
+        routed = self.route(
+            x_TD,
+            self.weight,
+            cap=moe.router_softcap,
+            top_k=moe.top_k,
+            scores="softmax",
+            renormalize=moe.renormalize_top_k,
         )
+        counts_E = self._micro_batch_counts(routed.tokens_per_expert_E)
+        balance_sum = balance_loss_sum(moe.balance_loss, routed.probability_sum_E, counts_E, self.load_E)
+        return Routing(routed.weights_TK, routed.experts_TK, routed.tokens_per_expert_E, balance_sum, routed.z_sum)
 
     def _micro_batch_counts(self, tokens_per_expert_E: Tensor) -> Tensor:
         """Counts over all ranks that share this micro-batch, if the balance loss is measured over it."""
