@@ -7,7 +7,7 @@ custom function holds in any other way than `save_for_backward` would be missed,
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -57,6 +57,8 @@ class Race:
 
     case: Case
     timings: Mapping[str, Timing]
+    failed: Mapping[str, str]
+    """Of those that may fail: what they said instead of running."""
 
     def ratio(self, name: str, other: str) -> float:
         """How many times as fast `name` is as `other`: the median over rounds of their ratio within a round."""
@@ -64,18 +66,33 @@ class Race:
         return median(theirs / mine for theirs, mine in pairs)
 
 
-def race(case: Case, platform: Platform, *, rounds: int = 7, seconds: float = 0.02) -> Race:
-    """Time all of a case. A contender is called as often within a round as it takes to last `seconds`."""
-    runs = {name: make() for name, make in case.makes.items()}
-    saved = {name: saved_activation_bytes(run) for name, run in runs.items()}
-    calls = {name: _calls_that_last(run, platform, seconds) for name, run in runs.items()}
+def race(
+    case: Case,
+    platform: Platform,
+    *,
+    least_rounds: int = 3,
+    most_rounds: int = 15,
+    budget_seconds: float = 0.0,
+    sample_seconds: float = 0.02,
+    may_fail: Container[str] = (),
+) -> Race:
+    """Time all of a case.
+
+    A contender is called as often within a round as it takes to last `sample_seconds`. After `least_rounds` no round
+    starts that would end beyond `budget_seconds` of rounds. Whoever is in `may_fail` and raises is left out.
+    """
+    runs, saved, calls, failed = _start(case, platform, sample_seconds, may_fail)
     taken: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
-    for number in range(rounds):
+    start = time.perf_counter()
+    for number in range(most_rounds if names else 0):
+        elapsed = time.perf_counter() - start
+        if number >= least_rounds and elapsed * (number + 1) / number > budget_seconds:
+            break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             taken[name].append(seconds_of(runs[name], platform, calls[name]))
-    return Race(case, {name: Timing(tuple(taken[name]), saved[name]) for name in names})
+    return Race(case, {name: Timing(tuple(taken[name]), saved[name]) for name in names}, failed)
 
 
 def seconds_of(run: Run, platform: Platform, calls: int = 1) -> float:
@@ -88,17 +105,39 @@ def seconds_of(run: Run, platform: Platform, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def _start(
+    case: Case, platform: Platform, sample_seconds: float, may_fail: Container[str]
+) -> tuple[dict[str, Run], dict[str, int], dict[str, int], dict[str, str]]:
+    """Make all and run each: first calls make buffers and compile."""
+    runs: dict[str, Run] = {}
+    saved: dict[str, int] = {}
+    calls: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    for name, make in case.makes.items():
+        try:
+            run = make()
+            start = time.perf_counter()
+            saved[name] = saved_activation_bytes(run)
+            platform.wait()
+            once = time.perf_counter() - start
+            if once < 100 * sample_seconds:
+                once = seconds_of(run, platform)
+        except Exception as error:
+            # Another library on a machine it does not know may raise anything; the table then says what.
+            if name not in may_fail:
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            continue
+        runs[name], calls[name] = run, max(1, min(1000, round(sample_seconds / once)))
+    return runs, {name: saved[name] for name in runs}, calls, failed
+
+
 def saved_activation_bytes(run: Run) -> int:
     """Most bytes that autograd holds at once during a run: distinct storages that are no parameter's."""
     held = _Held()
     with torch.autograd.graph.saved_tensors_hooks(held.take, _SavedTensor.unpack):
         run()
     return held.most_bytes
-
-
-def _calls_that_last(run: Run, platform: Platform, seconds: float) -> int:
-    run()  # first calls make buffers and compile
-    return max(1, min(1000, round(seconds / seconds_of(run, platform))))
 
 
 class _Held:

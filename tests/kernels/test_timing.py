@@ -24,14 +24,14 @@ def test_every_round_runs_all_and_the_order_rotates() -> None:
 
         return lambda: run
 
-    result = race(_case({name: make(name) for name in "abc"}), CPU, rounds=3, seconds=0.0)
+    result = race(_case({name: make(name) for name in "abc"}), CPU, most_rounds=3, sample_seconds=0.0)
     assert [len(timing.seconds) for timing in result.timings.values()] == [3, 3, 3]
     assert ran[-9:] == list("abcbcacab")
 
 
 def test_a_round_that_is_slow_for_all_changes_no_ratio() -> None:
     fast, slow = Timing((1.0, 50.0, 1.0, 1.0), 0), Timing((2.0, 100.0, 2.0, 2.0), 0)
-    assert Race(_case({}), {"fast": fast, "slow": slow}).ratio("fast", "slow") == pytest.approx(2.0)
+    assert Race(_case({}), {"fast": fast, "slow": slow}, {}).ratio("fast", "slow") == pytest.approx(2.0)
 
 
 def test_a_short_run_is_repeated_until_it_lasts() -> None:
@@ -42,7 +42,7 @@ def test_a_short_run_is_repeated_until_it_lasts() -> None:
         count += 1
         time.sleep(0.001)
 
-    result = race(_case({"a": lambda: run}), CPU, rounds=1, seconds=0.02)
+    result = race(_case({"a": lambda: run}), CPU, most_rounds=1)
     assert count > 10
     assert 0.001 <= result.timings["a"].median < 0.01
 
@@ -66,3 +66,24 @@ def test_kept_bytes_are_what_is_held_at_once() -> None:
             (x * x).sum().backward()
 
     assert saved_activation_bytes(run) == 16 * 4
+
+
+def test_rounds_end_with_the_budget_but_are_three_at_least() -> None:
+    def run() -> None:
+        time.sleep(0.01)
+
+    case = _case({"a": lambda: run})
+    assert len(race(case, CPU, budget_seconds=0.0).timings["a"].seconds) == 3
+    assert 5 <= len(race(case, CPU, budget_seconds=0.2, sample_seconds=0.0).timings["a"].seconds) <= 15
+
+
+def test_whoever_may_fail_is_left_out_with_its_words_and_others_raise() -> None:
+    def run() -> None:
+        raise ValueError("no such shape\nsecond line")
+
+    case = _case({"peer": lambda: run, "ours": lambda: lambda: None})
+    result = race(case, CPU, may_fail={"peer"})
+    assert list(result.timings) == ["ours"]
+    assert result.failed == {"peer": "ValueError: no such shape"}
+    with pytest.raises(ValueError, match="no such shape"):
+        race(case, CPU)
