@@ -29,7 +29,7 @@ within this cap no maximum has to be found, nor agreed on by the ranks."""
 CHUNK_BYTES: Final = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Of a chunk's logits: a cache's worth; on a GPU enough that a matmul fills it."""
 
-FEWEST_TOKENS: Final = {"cpu": 256, "cuda": 2048}
+FEWEST_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 """Of a chunk. The weight's fp32 gradient is read and written once a chunk, 8 v D bytes for 2 C v D FLOPs: below C / 4
 FLOPs per byte the memory would be slower than the matmul (a GPU of 990 TFLOP/s and 3.35 TB/s balances at 295)."""
 
@@ -177,7 +177,7 @@ def _by_chunks(
         rows_CD = rows_TD[chunk]
         logits_Cv = raw_Cv[: len(rows_CD)]
         _add_product(logits_Cv, rows_CD, weight_vD_.t(), beta=0, alpha=raw_factor(head))
-        done = middle(logits_Cv, _labels(labels_T[chunk], head, width), head, gradient_dtype)
+        done = middle(logits_Cv, make_labels(labels_T[chunk], head, width), head, gradient_dtype)
         losses_T[chunk] = done.losses_C
         if done.gradient_Cv is None:
             continue
@@ -205,7 +205,8 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, a
         torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def _labels(labels_C: Tensor, head: Head, width: int) -> Labels:
+def make_labels(labels_C: Tensor, head: Head, width: int) -> Labels:
+    """Of one chunk, on a rank with `width` rows of the vocabulary."""
     column_C = labels_C - head.first_token
     is_counted_C = labels_C != IGNORED_LABEL
     is_here_C = is_counted_C & (column_C >= 0) & (column_C < width)
@@ -227,7 +228,7 @@ def middle(raw_Cv: Tensor, labels: Labels, head: Head, dtype: torch.dtype | None
         slope_C = turned_C - turned_C.square()
         factor = 4 * head.multiplier
     if not head.is_bounded:
-        power_Cv.sub_(_maximum(power_Cv.amax(dim=1), head)[:, None])
+        power_Cv.sub_(all_reduce_maximum(power_Cv.amax(dim=1), head.group)[:, None])
     label_C = power_Cv.gather(1, column_C1).squeeze(1)
     power_Cv.exp2_()
     sums = reduce_sums(power_Cv.sum(dim=1), label_C, labels, head)
@@ -256,9 +257,10 @@ def reduce_sums(power_C: Tensor, label_C: Tensor, labels: Labels, head: Head) ->
     return Sums(sums_3C[0], sums_3C[1], sums_3C[2] > 0)
 
 
-def _maximum(maximum_C: Tensor, head: Head) -> Tensor:
-    if head.group is not None:
-        dist.all_reduce(maximum_C, op=dist.ReduceOp.MAX, group=head.group)
+def all_reduce_maximum(maximum_C: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """In place; only logits without bound need it."""
+    if group is not None:
+        dist.all_reduce(maximum_C, op=dist.ReduceOp.MAX, group=group)
     return maximum_C
 
 
