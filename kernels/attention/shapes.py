@@ -1,11 +1,21 @@
-"""What attention accepts, checked once for all implementations, and said in the words of its caller."""
+"""What attention accepts, checked once for all implementations, and the factors that they share."""
 
 # s queries, S keys, b micro-batch, h query heads, g kv heads, c head width
+
+import math
 
 import torch
 from torch import Tensor
 
 from megagrok.errors import KernelError
+
+LOG2_E = math.log2(math.e)
+"""Scores times this are exponents of 2, which devices raise faster than e."""
+
+
+def slope_of(width: int, cap: float | None) -> float:
+    """Of d score / d (q k), beside sigmoid' = w (1 - w): d tanh(x) / dx = 1 - tanh^2 = 4 w (1 - w)."""
+    return (1.0 if cap is None else 4.0) / math.sqrt(width)
 
 
 def check_shapes(

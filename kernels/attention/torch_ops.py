@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megagrok.kernels.attention.shapes import check_shapes
+from megagrok.kernels.attention.shapes import LOG2_E, check_shapes, slope_of
 
-_LOG2_E = math.log2(math.e)
 # Bytes of scores in one block: on a CPU what stays in its cache, elsewhere what makes a launch worth its time.
 _CPU_BLOCK_BYTES = 1 << 20
 _DEVICE_BLOCK_BYTES = 1 << 28
@@ -109,10 +108,8 @@ class _Problem:
         # Of the product q k: into the sigmoid, whose argument is twice that of the tanh.
         self.scale = self.c**-0.5 if cap is None else self.c**-0.5 * 2 / cap
         # From there to log2 of the unnormalised weight. tanh's -1 is the same for all keys of a query: it cancels.
-        self.log2_scale = _LOG2_E if cap is None else _LOG2_E * 2 * cap
-        # Of d score / d (q k), beside sigmoid' = w (1 - w): d tanh(x) / dx = 1 - tanh^2 = 4 w (1 - w).
-        self.slope = self.c**-0.5 if cap is None else self.c**-0.5 * 4
-
+        self.log2_scale = LOG2_E if cap is None else LOG2_E * 2 * cap
+        self.slope = slope_of(self.c, cap)
         # Blocks are made in the same memory again and again: it is in the cache, and no page of it is new.
         self.run = max(_SHORTEST_RUN, math.ceil(self.s / _MOST_RUNS))
         bytes_of_head = min(self.run, self.s) * self.S * self.r * self.wide.itemsize
