@@ -202,7 +202,10 @@ def _forward(
     for first_key in range(0, end, BLOCK_K):
         key_K = first_key + tl.arange(0, BLOCK_K)
         position_K = _load_positions(key_positions_S, key_K, S, 0x7FFFFFFF, HAS_POSITIONS)
-        if tl.min(position_K, axis=0) <= last_position:
+        is_needed = True
+        if HAS_POSITIONS:
+            is_needed = tl.min(position_K, axis=0) <= last_position
+        if is_needed:
             k_KC = _load(k_Sbgc, key_K, S, b * g, kv_head, c, BLOCK_C)
             products_QK = tl.dot(q_QC, tl.trans(k_KC), input_precision="ieee")
             log2_QK = factor_Q[:, None] * _squash(products_QK, scale, HAS_CAP)
@@ -262,7 +265,10 @@ def _backward_of_queries(
     for first_key in range(0, end, BLOCK_K):
         key_K = first_key + tl.arange(0, BLOCK_K)
         position_K = _load_positions(key_positions_S, key_K, S, 0x7FFFFFFF, HAS_POSITIONS)
-        if tl.min(position_K, axis=0) <= last_position:
+        is_needed = True
+        if HAS_POSITIONS:
+            is_needed = tl.min(position_K, axis=0) <= last_position
+        if is_needed:
             k_KC = _load(k_Sbgc, key_K, S, b * g, kv_head, c, BLOCK_C)
             v_KC = _load(v_Sbgc, key_K, S, b * g, kv_head, c, BLOCK_C)
             squashed_QK = _squash(tl.dot(q_QC, tl.trans(k_KC), input_precision="ieee"), scale, HAS_CAP)
@@ -302,7 +308,10 @@ def _backward_of_keys(
         for first_query in range(start, s, BLOCK_Q):
             query_Q = first_query + tl.arange(0, BLOCK_Q)
             position_Q = _load_positions(query_positions_s, query_Q, s, -1, HAS_POSITIONS)
-            if tl.max(position_Q, axis=0) >= first_position:
+            is_needed = True
+            if HAS_POSITIONS:
+                is_needed = tl.max(position_Q, axis=0) >= first_position
+            if is_needed:
                 q_QC = _load(q_sbhc, query_Q, s, b * h, batch_head, c, BLOCK_C)
                 grad_QC = _load(grad_sbhc, query_Q, s, b * h, batch_head, c, BLOCK_C)
                 of_query = tl.cast(batch_head, tl.int64) * s + query_Q

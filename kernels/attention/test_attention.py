@@ -2,7 +2,7 @@
 
 # s queries, S keys, b micro-batch, h query heads, g kv heads, c head width
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,14 @@ class Inputs:
         assert result.dtype == dtype
         grads = torch.autograd.grad(result, (q, k, v), self.grad_sbX.to(device, dtype))
         return [x.detach().double().cpu() for x in (result, *grads)]
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan() -> Iterator[None]:
+    """So that a place which an implementation forgets to write cannot look right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -76,11 +84,11 @@ def _temperature(positions_s: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("cap", [None, 30.0, 2.0])
-@pytest.mark.parametrize("s", [0, 1, 63, 200])
+@pytest.mark.parametrize("s", [0, 1, 63, 150])
 def test_result_and_gradients_are_those_of_the_specification(
     implementation: Attention, device: torch.device, s: int, cap: float | None
 ) -> None:
-    inputs = _inputs(s, s, b=2, h=4, g=2, dtype=torch.float32)
+    inputs = _inputs(s, s, b=2, h=2, g=1, dtype=torch.float32)
     _check(implementation, inputs, device, 5e-5, cap=cap, tau_s=None)
 
 
