@@ -45,6 +45,7 @@ class Tiles:
     """First row of each expert, and R; [e + 1]."""
     rows: int
     columns: int
+    """Of a matmul with one accumulator."""
     depth: int
 
     @classmethod
@@ -62,9 +63,11 @@ class Tiles:
             starts.append(stop)
         flat = [tile[field] for field in range(3) for tile in tiles]
         on_device = torch.tensor(flat + starts, dtype=torch.int32).to(x_ND.device, non_blocking=True)
-        expert_M, start_M, stop_M, starts_e = on_device.split([len(tiles)] * 3 + [len(starts)])
+        expert_M, start_M, stop_M, starts_e = torch.split(on_device, [len(tiles)] * 3 + [len(starts)])
         depth = 64 if x_ND.element_size() == 2 else 32
-        return cls(expert_M, start_M, stop_M, starts_e, rows, min(narrowest, 128), min(narrowest, depth))
+        # 256 columns are 128 fp32 registers of each of 8 warps' threads; fp32 operands would need the rest.
+        widest = 256 if rows == 128 and x_ND.element_size() == 2 else 128
+        return cls(expert_M, start_M, stop_M, starts_e, rows, min(narrowest, widest), min(narrowest, depth))
 
 
 def mix_experts(
@@ -103,8 +106,7 @@ class _MixExperts(torch.autograd.Function):
         _, hidden, width = down_eDF.shape
         tiles = Tiles.of(rows_per_expert, hidden, width, x_ND)
         H_RF, a_RF = x_ND.new_empty(len(source_R), 2 * width), x_ND.new_empty(len(source_R), width)
-        # Two accumulators, gate and up, share the registers of one.
-        columns = max(tiles.columns // 2, 16)
+        columns = _columns_of_epilogue(tiles)
         _launch(
             _gate_up, tiles, width, columns, x_ND, source_R, weight_R, gate_up_eFD, H_RF, a_RF, hidden, width,
             BLOCK_F=columns, BLOCK_K=tiles.depth,
@@ -118,7 +120,7 @@ class _MixExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, source_R, weight_R, gate_up_eFD, down_eDF, H_RF = ctx.saved_tensors
         tiles, dout_ND, (_, hidden, width) = ctx.tiles, grads[0].contiguous(), down_eDF.shape
-        columns = max(tiles.columns // 2, 16)
+        columns = _columns_of_epilogue(tiles)
         a_RF, dH_RF = H_RF.new_empty(len(H_RF), width), torch.empty_like(H_RF)
         dweight_RC = weight_R.new_empty(len(H_RF), triton.cdiv(width, columns), dtype=torch.float32)
         _launch(
@@ -134,6 +136,14 @@ class _MixExperts(torch.autograd.Function):
 
 
 _mixed: Callable[..., Tensor] = _MixExperts.apply
+
+
+def _columns_of_epilogue(tiles: Tiles) -> int:
+    """Of the two kernels with the GELU in them: two accumulators, or the derivative's operands, share the registers.
+
+    Compiled for an H100, 64 columns of 128 rows need no memory for spilled registers, and 128 do.
+    """
+    return min(max(tiles.columns // 2, 16), 64)
 
 
 def _launch(kernel: Any, tiles: Tiles, num_columns: int, columns: int, *arguments: Any, **blocks: int) -> None:
@@ -161,12 +171,12 @@ def _outer(left: Tensor, right: Tensor, source_R: Tensor, gathers_left: bool, ti
     """Of each expert left^T right over its rows, as `like`; one of the two is gathered. Zero for experts without."""
     num_experts, left_width, right_width = like.shape
     gradient = torch.empty_like(like)
-    block = tiles.columns
-    grid = (triton.cdiv(left_width, block) * triton.cdiv(right_width, block), num_experts)
+    left_block, right_block = min(tiles.columns, 128), tiles.columns
+    grid = (triton.cdiv(left_width, left_block) * triton.cdiv(right_width, right_block), num_experts)
     _outer_of_rows[grid](
         tiles.starts_e, left, right, source_R, gradient, left_width, right_width,
-        GATHERS_LEFT=gathers_left, BLOCK_M=block, BLOCK_N=block, BLOCK_K=tiles.depth,
-        num_warps=8 if block == 128 else 4,
+        GATHERS_LEFT=gathers_left, BLOCK_M=left_block, BLOCK_N=right_block, BLOCK_K=tiles.depth,
+        num_warps=8 if left_block == 128 else 4,
     )  # fmt: skip
     return gradient
 

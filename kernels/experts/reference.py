@@ -20,7 +20,13 @@ def mix_experts(
 ) -> Tensor:
     """out[source_R[r]] += weight_R[r] * down_e( gelu_tanh(gate_e x) * up_e x ), x = x_ND[source_R[r]]."""
     out_ND = torch.zeros_like(x_ND)
-    experts = zip(source_R.split(rows_per_expert), weight_R.split(rows_per_expert), gate_up_eFD, down_eDF, strict=True)
+    experts = zip(
+        torch.split(source_R, rows_per_expert),
+        torch.split(weight_R, rows_per_expert),
+        gate_up_eFD,
+        down_eDF,
+        strict=True,
+    )
     for source, weight, gate_up_FD, down_DF in experts:
         gate, up = F.linear(x_ND[source], gate_up_FD).chunk(2, dim=-1)
         y = F.linear(F.gelu(gate, approximate="tanh") * up, down_DF)

@@ -14,7 +14,7 @@ A token visits an expert at most once, so the additions of one run never meet: t
 
 # N rows of x, R rows (one per choice of a token), r rows of a run, e experts of this rank, D hidden, F expert width
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,7 @@ def mix_experts(
 ) -> Tensor:
     """`megagrok.kernels.experts.Experts`, on any device and in any dtype that torch multiplies there."""
     check_shapes(x_ND, source_R, weight_R, rows_per_expert, gate_up_eFD, down_eDF)
-    out_ND: Tensor = _MixExperts.apply(x_ND, source_R, weight_R, rows_per_expert, gate_up_eFD, down_eDF)
-    return out_ND
+    return _mixed(x_ND, source_R, weight_R, rows_per_expert, gate_up_eFD, down_eDF)
 
 
 def _runs(rows_per_expert: list[int], most: int) -> Iterator[Run]:
@@ -130,3 +129,6 @@ class _MixExperts(torch.autograd.Function):
             torch.mm(dH, gate_up_eFD[run.expert], out=dx)
             sum_ND.index_add_(0, source_R[part], dx.to(sum_ND.dtype))
         return sum_ND.to(x_ND.dtype), None, dweight_R, None, dgate_up_eFD, ddown_eDF
+
+
+_mixed: Callable[..., Tensor] = _MixExperts.apply

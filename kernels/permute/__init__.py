@@ -51,9 +51,9 @@ class Permute:
 def choose_permute(wanted: str, device: torch.device) -> Permute:
     """The implementation of that name, or the fastest there for `auto`. Raises KernelError if it cannot run there."""
     if choose("permute", wanted, device) == "triton":
-        from megagrok.kernels.permute import kernel
+        from megagrok.kernels.permute.kernel import permute, unpermute
 
-        return Permute(kernel.permute, kernel.unpermute)
-    from megagrok.kernels.permute import torch_ops
+        return Permute(permute, unpermute)
+    from megagrok.kernels.permute.torch_ops import permute, unpermute
 
-    return Permute(torch_ops.permute, torch_ops.unpermute)
+    return Permute(permute, unpermute)

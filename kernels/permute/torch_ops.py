@@ -7,6 +7,7 @@ and summed.
 
 # T tokens, t tokens of a block, K top-k, R = T * K rows, D hidden
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,15 +22,13 @@ CPU_BLOCK_TOKENS = 128
 def permute(x_TD: Tensor, token_R: Tensor, inverse_TK: Tensor | None = None) -> Tensor:
     """`megagrok.kernels.permute.Gather`."""
     check_permute(x_TD, token_R, inverse_TK)
-    rows_RD: Tensor = _Permute.apply(x_TD, token_R, inverse_TK)
-    return rows_RD
+    return _permuted(x_TD, token_R, inverse_TK)
 
 
 def unpermute(rows_RD: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
     """`megagrok.kernels.permute.GatherAndSum`."""
     check_unpermute(rows_RD, inverse_TK, weights_TK)
-    out_TD: Tensor = _Unpermute.apply(rows_RD, inverse_TK, weights_TK)
-    return out_TD
+    return _unpermuted(rows_RD, inverse_TK, weights_TK)
 
 
 def rows_of_tokens(token_R: Tensor, num_tokens: int) -> Tensor:
@@ -77,6 +76,10 @@ class _Unpermute(torch.autograd.Function):
             drows = (weights_TK[start:stop, :, None] * dout_tD[:, None]).to(drows_RD.dtype)
             drows_RD.index_copy_(0, inverse, drows.view(-1, hidden))
         return drows_RD, None, dweights_TK
+
+
+_permuted: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Permute.apply
+_unpermuted: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Unpermute.apply
 
 
 def gather_and_sum(rows_RD: Tensor, inverse_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
