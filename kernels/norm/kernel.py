@@ -123,7 +123,7 @@ def _backward(
     in_D = columns < D
     gain = tl.load(gain_D + columns, mask=in_D, other=0.0).to(tl.float32)
     dgain = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for block in range(program, tl.cdiv(R, BLOCK_R), programs):
+    for block in tl.range(program, tl.cdiv(R, BLOCK_R), programs, num_stages=3):
         rows = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
         in_R = rows < R
         at_RD, in_RD = rows[:, None] * D + columns[None, :], in_R[:, None] & in_D[None, :]
