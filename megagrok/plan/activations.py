@@ -164,8 +164,8 @@ def _backward(
         scratch = e * rows / local * (3 * h + 5 * shape.expert_ffn)
         # Gradient of the result, its fp32 sum for the input, scratch of one expert, gradients of the weights.
         moments.append(((e + 4) * N * h + scratch + e * weights + e * own * h - freed, (e + 4) * N * h))
-        # Then added to their fp32 sums.
-        moments.append(((e + 4) * weights + e * N * h - freed - parts.rows, -parts.rows))
+        # Then added to their fp32 sums, the wider of the two first.
+        moments.append(((e + 8 / 3) * weights + e * N * h - freed - parts.rows, -parts.rows))
     # Keys and values by head; their gradients in fp32, and that of queries; a block of scores, widened three times.
     c, heads, kv_heads = shape.head_dim / part.tensor, shape.heads, shape.kv_heads
     keys = part.tokens * c * kv_heads * part.context

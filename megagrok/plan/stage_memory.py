@@ -103,7 +103,9 @@ def update_bytes(params: RankParams, layout: Layout, habits: Habits) -> float:
         return weight_bytes(layout.precision) * num_params * (1 + 1 / copies) if layout.zero and copies > 1 else 0.0
     if habits.fused or layout.zero == 3:
         return 0.0
-    return 4.0 * min(num_params, FLATTENED_ELEMENTS) if copies * layout.tensor > 1 else 0.0
+    # DeepSpeed's bf16 optimizer reduces the experts' gradients where they lie.
+    flattened = num_params if layout.precision == "fp32" else params.dense
+    return 4.0 * min(flattened, FLATTENED_ELEMENTS) if copies * layout.tensor > 1 else 0.0
 
 
 def _skews(shape: Shape, layout: Layout, habits: Habits) -> Callable[[int], float] | None:
