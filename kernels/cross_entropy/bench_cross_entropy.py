@@ -1,6 +1,6 @@
 """Cross-entropy's races: each implementation, whole logits as a model would write them, and its three matmuls alone.
 
-Between the matmuls a GPU moves at least 10 bytes a logit (README.md); against them that is little, so the floor is FLOPs.
+Between the matmuls a GPU moves 10 bytes a logit (README.md), which is little beside them: the floor is FLOPs.
 """
 # T tokens, D hidden, v rows of the vocabulary on this rank
 

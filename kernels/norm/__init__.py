@@ -6,7 +6,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megagrok.errors import KernelError
 from megagrok.kernels.choice import choose
 
 
@@ -33,16 +32,3 @@ def choose_norm(wanted: str, device: torch.device) -> Norm:
     import megagrok.kernels.norm.torch_ops as torch_ops
 
     return torch_ops
-
-
-def check_shapes(x: Tensor, gain: Tensor, residual: Tensor | None) -> None:
-    """What every fast implementation asks at its door. Raises KernelError."""
-    if gain.shape != x.shape[-1:]:
-        raise KernelError(
-            f"norm needs a gain of shape [{x.shape[-1]}], the last of x {list(x.shape)}, got {list(gain.shape)}."
-        )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise KernelError(
-            f"add_rms_norm needs a residual like x, {list(x.shape)} {x.dtype}, "
-            f"got {list(residual.shape)} {residual.dtype}."
-        )

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megagrok.errors import KernelError
-from megagrok.kernels.norm import check_shapes
+from megagrok.kernels.norm.door import check_shapes
 
 _WIDEST = 16384
 """Elements of a row: 64 KiB of registers in fp32 for each of x, gradient and gain; more would spill."""

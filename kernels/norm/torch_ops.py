@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrok.kernels.norm import check_shapes
+from megagrok.kernels.norm.door import check_shapes
 
 _RUN_ELEMENTS = 2**18
 """Of x in one run: a megabyte in fp32, so that x, gradient and result of a run stay in a core's cache."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megagrok.errors import KernelError
-from megagrok.kernels.router import Routed, Scores, check_shapes
+from megagrok.kernels.router.door import Routed, Scores, check_shapes
 from megagrok.kernels.router.logits import gradients, make_logits
 
 _MOST_EXPERTS = 4096

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrok.kernels.router import Routed, Scores
+from megagrok.kernels.router.door import Routed, Scores
 
 
 def route(

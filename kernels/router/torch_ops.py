@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrok.kernels.router import Routed, Scores, check_shapes
+from megagrok.kernels.router.door import Routed, Scores, check_shapes
 from megagrok.kernels.router.logits import gradients, make_logits
 
 _SAFE_EXPONENT = 80.0

@@ -18,6 +18,8 @@ from megagrok.plan.shape import Habits, Shape
 from megagrok.plan.work import (
     ATTENTION_BLOCK_BYTES,
     ATTENTION_BLOCKS,
+    CPU_ATTENTION_BLOCK_BYTES,
+    CPU_EXPERT_ROWS,
     SHORTEST_BLOCK,
     Slice,
     head_chunk_tokens,
@@ -78,19 +80,24 @@ def head_bytes(shape: Shape, part: Slice, habits: Habits) -> tuple[float, float]
     if habits.fused:
         # bf16 logits, and their fp32 softmax, which becomes the gradient in place.
         return 2 * e * stream, (e + 4) * logits
-    chunk = logits * head_chunk_tokens(shape, part) / part.tokens
+    chunk = logits * head_chunk_tokens(shape, part, habits.on_cpu) / part.tokens
     weight, hidden = shape.vocab / part.tensor * shape.hidden, part.tokens * shape.hidden
     # Of a chunk: what was sigmoid, and exponential, fp32. Of all: the weight's gradient in fp32, that of hidden states.
-    return 2 * e * stream, (8 + (e == 2) * e) * chunk + 4 * weight + e * hidden + e * hidden * part.sequence
+    widened = 4 * (weight + hidden) if habits.on_cpu and e == 2 else 0.0
+    narrowed = e * chunk if e == 2 and not habits.on_cpu else 0.0
+    # In bf16 the weight's gradient is rounded at the end.
+    fullest = max(8 * chunk + narrowed, 4 * chunk + e * weight * (e == 2))
+    return 2 * e * stream, fullest + widened + 4 * weight + e * hidden * (1 + part.sequence)
 
 
-def largest_block(shape: Shape, part: Slice) -> float:
-    """Attention scores that exist at once on a GPU: of one run of queries, as many kv heads as fit."""
+def largest_block(shape: Shape, part: Slice, on_cpu: bool) -> float:
+    """Attention scores that exist at once: of one run of queries, as many kv heads as fit."""
+    most_bytes = CPU_ATTENTION_BLOCK_BYTES if on_cpu else ATTENTION_BLOCK_BYTES
     queries = part.seq_len // part.context
     run = min(queries, max(SHORTEST_BLOCK, math.ceil(queries / ATTENTION_BLOCKS)))
     of_head = run * part.seq_len * shape.heads / shape.kv_heads
     heads = part.micro_batch * shape.kv_heads / part.tensor
-    return of_head * min(heads, max(1, ATTENTION_BLOCK_BYTES // (4 * of_head)))
+    return of_head * min(heads, max(1, most_bytes // (4 * of_head)))
 
 
 def _unfused(shape: Shape, part: Slice, fp8: bool, habits: Habits, has_experts: bool) -> _Parts:
@@ -161,16 +168,17 @@ def _backward(
         N = part.tokens / part.tensor * (shape.top_k if part.expert > 1 else 1)
         rows = part.tokens / part.tensor * shape.top_k
         weights = 3 * local * shape.expert_ffn * h
-        scratch = e * rows / local * (3 * h + 5 * shape.expert_ffn)
+        at_once = min(rows / local, CPU_EXPERT_ROWS) if habits.on_cpu else rows / local
+        scratch = e * at_once * (3 * h + 5 * shape.expert_ffn)
         # Gradient of the result, its fp32 sum for the input, scratch of one expert, gradients of the weights.
         moments.append(((e + 4) * N * h + scratch + e * weights + e * own * h - freed, (e + 4) * N * h))
-        # Then added to their fp32 sums, the wider of the two first.
-        moments.append(((e + 8 / 3) * weights + e * N * h - freed - parts.rows, -parts.rows))
+        # Then, in bf16, added to their fp32 sums, the wider of the two first.
+        moments.append(((e + 8 / 3 * (e == 2)) * weights + e * N * h - freed - parts.rows, -parts.rows))
     # Keys and values by head; their gradients in fp32, and that of queries; a block of scores, widened three times.
     c, heads, kv_heads = shape.head_dim / part.tensor, shape.heads, shape.kv_heads
     keys = part.tokens * c * kv_heads * part.context
     queries = part.tokens * c * heads
-    block = largest_block(shape, part) * (12 if e == 4 else 14)
+    block = largest_block(shape, part, habits.on_cpu) * (12 if e == 4 else 18)
     moments.append(
         ((2 * e + 8) * keys + 2 * e * queries + block + e * own * h - freed - parts.mlp - parts.rows, -parts.rows)
     )

@@ -157,6 +157,8 @@ class Habits:
     """Under ZeRO, updated weights are gathered in a buffer of their own before they are copied in."""
     moment_bytes: int = 8
     """Of one parameter: AdamW's two moments, fp32; some trainers keep them in bf16."""
+    on_cpu: bool = False
+    """Blocks as the kernels in torch size them on a CPU, where a rehearsal walks; the head's weight in fp32."""
     gather_buffers: int = 1
     """Under sequence parallelism, buffers that stay for gathering what the tensor ranks split: a whole micro-batch's
     hidden states each."""

@@ -22,15 +22,18 @@ ATTENTION_BLOCKS = 32
 """Runs of queries at most in which megagrok's attention in torch leaves out later keys (kernels/attention)."""
 SHORTEST_BLOCK = 64
 """Queries of one run at least."""
-ATTENTION_BLOCK_BYTES = 2**28
-"""Of the fp32 scores that exist at once on a GPU, if that holds one kv head."""
+ATTENTION_BLOCK_BYTES, CPU_ATTENTION_BLOCK_BYTES = 2**28, 2**20
+"""Of the fp32 scores that exist at once, if that holds one kv head."""
+CPU_EXPERT_ROWS = 512
+"""Rows of an expert that are worked on at once on a CPU; on a GPU all (kernels/experts)."""
 ATTENTION_PASSES = 3.5
 """Forward 1, backward 2.5: it computes the scores again (FlashAttention, Dao et al. 2022)."""
 SCORE_BYTES = 60
 """Forward, per score: written 2, made fp32 2 + 4, capped 8, its highest sought 4, scaled 8, shifted 8, exponential 8,
 added up 4, rounded 4 + 2, read 2; 4 more for masks."""
 HEAD_CHUNK_BYTES, HEAD_CHUNK_TOKENS = 256 * 2**20, 2048
-"""Of the fp32 logits that exist at once on a GPU, or so many tokens' if that is more (kernels/cross_entropy)."""
+CPU_HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_TOKENS = 4 * 2**20, 256
+"""Of the fp32 logits that exist at once, or so many tokens' if that is more (kernels/cross_entropy)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +198,12 @@ def head_work(shape: Shape, part: Slice) -> Work:
     )
 
 
-def head_chunk_tokens(shape: Shape, part: Slice) -> float:
+def head_chunk_tokens(shape: Shape, part: Slice, on_cpu: bool = False) -> float:
     """Tokens whose logits exist at once."""
-    fits = HEAD_CHUNK_BYTES * part.tensor / (4 * shape.vocab)
-    return min(part.tokens, max(fits, HEAD_CHUNK_TOKENS))
+    most_bytes, fewest = HEAD_CHUNK_BYTES, HEAD_CHUNK_TOKENS
+    if on_cpu:
+        most_bytes, fewest = CPU_HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_TOKENS
+    return min(part.tokens, max(most_bytes * part.tensor / (4 * shape.vocab), fewest))
 
 
 @lru_cache(maxsize=1024)

@@ -44,7 +44,7 @@ def against_plan(run: RunConfig, found: Rehearsal) -> list[Row]:
     """Of a rehearsal with balanced routing, which is what the plan's FLOPs stand for; fp8 was walked in bf16, and is
     planned so."""
     shape, layout = Shape.of(run.model), Layout.of(as_walked(run))
-    habits = replace(MEGAGROK, routing="balanced")
+    habits = replace(MEGAGROK, routing="balanced", on_cpu=True)
     work, memory = rank_work(shape, layout, habits, found.stage), stage_memory(shape, layout, habits)[found.stage]
     computing = found.forward_backward
     rows = [

@@ -125,7 +125,9 @@ EXACT_IN_A_MICRO_BATCH = ("data", "stages")
 
 
 def bf16_run(parallel: ParallelConfig) -> RunConfig:
-    return make_run(RESIDUAL, parallel, precision="bf16")
+    run = make_run(RESIDUAL, parallel, precision="bf16")
+    # A seed with which no token stands so near between two experts that rounding moves it in the first step.
+    return replace(run, train=replace(run.train, seed=2))
 
 
 def three_steps(ranks: Ranks, parallel: ParallelConfig) -> list[Step]:
@@ -144,6 +146,7 @@ def alone() -> list[Step]:
 def test_bf16_on_a_layout_stays_within_the_roundings_that_it_moves(name: str, alone: list[Step]) -> None:
     by_rank = run_ranks(three_steps, world_size(SPREAD[name]), parallel=SPREAD[name])
     is_exact = name in EXACT_IN_A_MICRO_BATCH
+    assert torch.equal(by_rank[0][0].totals.tokens_per_expert_LE, alone[0].totals.tokens_per_expert_LE)
     first = of_kind("gradient", merge(steps[0].gradients for steps in by_rank))
     expected = of_kind("gradient", merge([alone[0].gradients]))
     assert_close(first, expected, tolerance.LAYOUT_GRADIENT if is_exact else tolerance.BF16_LAYOUT_GRADIENT)
@@ -164,7 +167,8 @@ def test_bf16_is_near_fp32(alone: list[Step]) -> None:
 
 
 def in_full_precision(ranks: Ranks) -> Step:
-    run = make_run(RESIDUAL)
+    run = bf16_run(ParallelConfig())
+    run = replace(run, train=replace(run.train, precision="fp32"))
     return take_step(build_engine(run, start(run), find_platform()), batch_of(run, 0))
 
 

@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megagrok.errors import KernelError
 from megagrok.kernels import bench
-from megagrok.kernels.bench_cases import CPU_LAYERS, OPS, Field, fields, needs
+from megagrok.kernels.bench_cases import CPU_LAYERS, OPS, Field, attention_field, entropy_field, fields, needs
 from megagrok.kernels.bench_page import render
 from megagrok.kernels.choice import IMPLEMENTATIONS
 from megagrok.kernels.roofline import Roofline, measure_roofline
@@ -103,3 +104,23 @@ def test_the_layer_is_raced_on_few_wide_many_narrow_skewed_and_large_experts() -
     assert [field.case.shape for field in found] == [shape.in_words() for shape in CPU_LAYERS]
     assert all({"megagrok", "plain matmuls", "HF Mixtral"} < set(field.case.makes) for field in found)
     assert all("SonicMoE" in field.absent for field in found)
+
+
+def test_the_cases_of_a_gpu_run_on_what_is_there() -> None:
+    for field in (attention_field(32, 64, 30.0, CPU.device), entropy_field(16, 32, 64, CPU.device)):
+        field.case.makes["torch"]()()
+        assert field.case.flops > 0
+    without_cap = attention_field(32, 64, None, CPU.device).case
+    without_cap.makes["torch"]()()
+    without_cap.makes["torch sdpa"]()()
+    assert "torch sdpa" in attention_field(32, 64, 30.0, CPU.device).absent
+
+
+def test_peers_of_attention_mix_as_ours_does() -> None:
+    from megagrok.kernels.attention import choose_attention
+    from megagrok.kernels.peers import ATTENTIONS
+
+    q, k, v = (torch.randn(1, heads, 8, 16) for heads in (4, 2, 2))
+    theirs = ATTENTIONS["torch sdpa"].make(q, k, v, None)
+    ours = choose_attention("torch", CPU.device)(*(tensor.permute(2, 0, 1, 3) for tensor in (q, k, v)), cap=None)
+    assert torch.allclose(theirs.permute(2, 0, 1, 3).flatten(2), ours, atol=1e-5)

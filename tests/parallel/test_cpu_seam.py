@@ -243,5 +243,5 @@ def test_every_field_that_the_translation_sets_is_megatrons() -> None:
         if line.startswith(" " * 8) and "=" in line and "#" not in line
     }
     assert len(named) > 40
-    assert named - fields == {"grok", "groups", "dropout_seed"}
+    assert named - fields == {"grok", "groups", "kernels", "dropout_seed"}
     assert {field.name for field in dataclasses.fields(GrokTransformerConfig)} - fields == named - fields

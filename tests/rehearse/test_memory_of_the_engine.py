@@ -14,7 +14,7 @@ from megagrok.plan.stage_memory import stage_memory
 from megagrok.rehearse import rehearse
 
 STATE, ACTIVATIONS = 0.01, 0.10
-ENGINE = replace(MEGAGROK, routing="balanced")
+ENGINE = replace(MEGAGROK, routing="balanced", on_cpu=True)
 SMALL = replace(
     MODEL,
     num_layers=4,

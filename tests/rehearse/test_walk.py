@@ -82,12 +82,13 @@ def assert_same(run: RunConfig, real: list[Found], rehearsed: list[Rehearsal]) -
     assert flops(each for _, each, _ in real) == flops(found.flops for found in rehearsed)
 
 
-def assert_same_memory(real: Memory, rehearsed: Memory) -> None:
-    """State to the byte. The rest but for what real routing does, and for outputs that gloo keeps until they are sent
-    (model/transformer_config.py), a few KiB here."""
+def assert_same_memory(real: Memory, rehearsed: Memory, sends: int) -> None:
+    """State to the byte. The rest within what real routing does; and `sends` are bytes of hidden states and their
+    gradients, which gloo keeps until they are sent (model/transformer_config.py)."""
     state = ("weights", "gradients", "optimizer")
     assert [getattr(real, kind) for kind in state] == [getattr(rehearsed, kind) for kind in state]
-    assert rehearsed.total == pytest.approx(real.total, rel=0.01)
+    assert rehearsed.total <= 1.01 * real.total
+    assert real.total <= 1.01 * rehearsed.total + sends
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,9 @@ def test_a_rehearsal_counts_what_real_ranks_do(name: str) -> None:
     real = run_ranks(real_step, 2, run=run)
     rehearsed = [rehearse(run, rank) for rank in range(2)]
     assert_same(run, real, rehearsed)
+    hidden_states = 4 * run.train.micro_batch * run.train.seq_len * run.model.hidden
+    has_stages = run.parallel.pipeline > 1
+    sends = 2 * num_micro_batches(run, run.train.global_batch) * hidden_states * has_stages
     for (_, _, moments), found in zip(real, rehearsed, strict=True):
         for moment in ("build", "forward_backward", "reduce", "step"):
-            assert_same_memory(getattr(moments, moment), getattr(found, moment))
+            assert_same_memory(getattr(moments, moment), getattr(found, moment), sends)
