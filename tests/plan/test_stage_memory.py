@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,9 @@ def test_recomputing_more_holds_less() -> None:
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
     kept = [stage.activations for stage in stage_memory(SHAPE, LAYOUT, MEGAGROK)]
-    assert kept[:-1] == sorted(kept[:-1], reverse=True)
-    assert len(set(kept)) == len(kept)
+    # The last keeps what the head needs besides.
+    assert all(earlier > later for earlier, later in pairwise(kept[:-1]))
+    assert kept[-1] < kept[0]
 
 
 def test_one_forward_one_backward_runs_ahead_by_the_stages_behind() -> None:

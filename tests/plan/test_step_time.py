@@ -51,7 +51,8 @@ def test_all_ranks_together_multiply_what_the_model_asks_for(tensor, context, ex
 def test_attention_in_memory_computes_more_than_the_causal_half_and_all_of_it_under_context_parallelism() -> None:
     part = Slice.of(LAYOUT)
     flash, scores = (layer_work(SHAPE, part, habits, True).attention_flops for habits in (FLASH, MEGAGROK))
-    assert scores / flash == pytest.approx(9 / 8)
+    # 32 runs of queries, each against all keys before its end: 33/64 of the square where the causal half is counted.
+    assert scores / flash == pytest.approx(33 / 32)
     apart = replace(part, context=2)
     assert layer_work(SHAPE, apart, MEGAGROK, True).attention_flops == flash
 
