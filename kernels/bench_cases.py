@@ -17,6 +17,7 @@ from torch import nn
 
 from megagrok.errors import KernelError
 from megagrok.kernels.attention import choose_attention
+from megagrok.kernels.attention.bench_attention import causal_flops
 from megagrok.kernels.choice import IMPLEMENTATIONS
 from megagrok.kernels.cross_entropy import choose_cross_entropy
 from megagrok.kernels.layer_case import (
@@ -156,8 +157,7 @@ def attention_field(num_positions: int, num_tokens: int, cap: float | None, devi
             makes[name] = partial(theirs, peer.make)
         else:
             absent[name] = why_not
-    # Two matmuls forward and five backward over the causal half.
-    flops = 7.0 * 2 * batch * heads * num_positions**2 / 2 * width
+    flops = causal_flops(batch, heads, num_positions, width)
     words = f"{num_positions} positions x {batch}, {heads} query and {kv_heads} kv heads of {width}, "
     return Field(Case("attention", words + ("no cap" if cap is None else f"cap {cap:g}"), flops, 0.0, makes), absent)
 
