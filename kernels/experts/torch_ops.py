@@ -1,6 +1,6 @@
 """The experts as torch matmuls on borrowed memory: the fast implementation on a CPU.
 
-A run is some hundred rows of one expert. Its gathered x, its activations and its results live in scratch memory that
+A run is up to 1,536 rows of one expert. Its gathered x, its activations and its results live in scratch memory that
 the next run overwrites, so they stay in the cache and no fresh page is ever touched for them: on a CPU the first touch
 of a page costs more than the arithmetic done on it. Only the pre-activations H are kept, a tensor for each run: the
 allocator hands memory of that size out again, but returns a tensor of 32 MiB to the system, page by page.
@@ -24,8 +24,8 @@ from torch import Tensor
 from megagrok.kernels.experts.activation import gated_gelu, gated_gelu_gradients
 from megagrok.kernels.experts.door import check_shapes
 
-CPU_RUN_ROWS = 512
-"""Rows of a run on a CPU: the matmuls are at their full rate, and a run's activations fit the cache."""
+CPU_RUN_ROWS = 1536
+"""Most rows of a run on a CPU: shorter runs cost the matmuls their rate, longer ones find the cache gone."""
 
 
 @dataclass(frozen=True, slots=True)
