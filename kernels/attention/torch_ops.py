@@ -22,11 +22,11 @@ from torch.autograd.function import once_differentiable
 from megagrok.kernels.attention.shapes import LOG2_E, check_shapes
 
 # Bytes of scores in one block: on a CPU what stays in its cache, elsewhere what makes a launch worth its time.
-_CPU_BLOCK_BYTES = 1 << 20
-_DEVICE_BLOCK_BYTES = 1 << 28
+CPU_BLOCK_BYTES = 1 << 20
+DEVICE_BLOCK_BYTES = 1 << 28
 # A run of queries sees the keys up to its last one, so long runs make scores that are masked; short ones cost calls.
-_SHORTEST_RUN = 64
-_MOST_RUNS = 32
+SHORTEST_RUN = 64
+MOST_RUNS = 32
 
 
 def attention(
@@ -111,9 +111,9 @@ class _Problem:
         self.log2_scale = LOG2_E if cap is None else LOG2_E * cap
         self.slope = self.c**-0.5
         # Blocks are made in the same memory again and again: it is in the cache, and no page of it is new.
-        self.run = max(_SHORTEST_RUN, math.ceil(self.s / _MOST_RUNS))
+        self.run = max(SHORTEST_RUN, math.ceil(self.s / MOST_RUNS))
         bytes_of_head = min(self.run, self.s) * self.S * self.r * self.wide.itemsize
-        budget = _CPU_BLOCK_BYTES if self.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+        budget = CPU_BLOCK_BYTES if self.device.type == "cpu" else DEVICE_BLOCK_BYTES
         self.heads = max(1, min(self.n, budget // max(1, bytes_of_head)))
         self.scratch = q_sbhc.new_empty(3, self.heads * bytes_of_head // self.wide.itemsize, dtype=self.wide)
         run_u = torch.arange(self.run, device=self.device)

@@ -178,7 +178,7 @@ def _backward(
     c, heads, kv_heads = shape.head_dim / part.tensor, shape.heads, shape.kv_heads
     keys = part.tokens * c * kv_heads * part.context
     queries = part.tokens * c * heads
-    block = largest_block(shape, part, habits.on_cpu) * (12 if e == 4 else 18)
+    block = largest_block(shape, part, habits.on_cpu) * (12 if e == 4 else 18) if habits.attention == "scores" else 0.0
     moments.append(
         ((2 * e + 8) * keys + 2 * e * queries + block + e * own * h - freed - parts.mlp - parts.rows, -parts.rows)
     )

@@ -24,6 +24,8 @@ class Constants:
     """Of the bf16 peak, both passes. Fit; from 0.45, FlashAttention-3 and cuDNN reach 0.53 to 0.6 forward."""
     older_attention: float = 0.314
     """The same of FlashAttention-2, which trainers without fused kernels call. Fit; from 0.31: 308 TFLOP/s at 8k."""
+    triton_attention: float = 0.18
+    """The same of megagrok's kernel with its cap. Never measured: predicted, docs/bench/kernels-h100-predicted.md."""
     memory: float = 0.801
     """Of the memory's bandwidth. Fit; from 0.8."""
     moved: float = 0.94

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from megagrok.config.problems import Fix, Problem
 from megagrok.config.schema import RunConfig
 from megagrok.plan.cost import StageBytes
-from megagrok.plan.shape import MEGAGROK, Layout, Shape
+from megagrok.plan.shape import Layout, Shape, habits_of
 from megagrok.plan.stage_memory import stage_memory
 
 GIB = 2**30
@@ -18,7 +18,7 @@ GIB = 2**30
 
 def memory_problems(config: RunConfig, memory_bytes: int) -> Iterator[Problem]:
     """The fullest rank holds more than `memory_bytes`. The layout has to be one that the other rules accept."""
-    stages = stage_memory(Shape.of(config.model), Layout.of(config), MEGAGROK)
+    stages = stage_memory(Shape.of(config.model), Layout.of(config), habits_of(config.kernels))
     fullest = max(stages, key=sure_bytes)
     if sure_bytes(fullest) <= memory_bytes:
         return

@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from megagrok.config.schema import Precision, RunConfig
 from megagrok.plan.estimate import Estimate, Machine, StageBytes, StepSeconds, estimate
-from megagrok.plan.shape import MEGAGROK, Habits, Layout, Shape
+from megagrok.plan.shape import Layout, Shape, habits_of
 from megagrok.plan.space import RECOMPUTES, families
 from megagrok.plan.stage_memory import stage_memory
 from megagrok.plan.step_time import step_seconds
@@ -57,13 +57,12 @@ def search(
     *,
     top: int,
     correct: Correction = _as_it_is,
-    habits: Habits = MEGAGROK,
 ) -> Found:
     """The `top` fastest layouts of `config` on `world_size` GPUs; the same input gives the same order.
 
     correct: a calibration of the estimated seconds.  Equally fast layouts are ordered by memory, then by their numbers.
     """
-    shape, limit = Shape.of(config.model), machine.gpu.memory_bytes
+    shape, habits, limit = Shape.of(config.model), habits_of(config.kernels), machine.gpu.memory_bytes
     legal = too_large = larger_still = 0
     fitting: list[tuple[tuple[object, ...], RunConfig, Layout]] = []
     smallest: tuple[tuple[object, ...], RunConfig, Layout] | None = None
@@ -84,21 +83,21 @@ def search(
                 break
             legal += len(family)
     fitting.sort(key=lambda entry: entry[0])
-    chosen = [_candidate(run, layout, machine, correct, habits) for _, run, layout in fitting[:top]]
-    nearest = _candidate(*smallest[1:], machine, correct, habits) if smallest is not None and not fitting else None
+    chosen = [_candidate(run, layout, machine, correct) for _, run, layout in fitting[:top]]
+    nearest = _candidate(*smallest[1:], machine, correct) if smallest is not None and not fitting else None
     return Found(tuple(chosen), legal, len(fitting), too_large, larger_still, nearest)
 
 
-def priced(run: RunConfig, machine: Machine, correct: Correction = _as_it_is, habits: Habits = MEGAGROK) -> Candidate:
+def priced(run: RunConfig, machine: Machine, correct: Correction = _as_it_is) -> Candidate:
     """The layout that a run has, whether it fits or not. It has to be one that `check` accepts."""
-    return _candidate(run, Layout.of(run), machine, correct, habits)
+    return _candidate(run, Layout.of(run), machine, correct)
 
 
 def fits(config: RunConfig, world_size: int, machine: Machine, precisions: Sequence[Precision]) -> bool:
     """Whether any layout on so many GPUs fits. The smallest micro-batch of a family is enough to tell."""
-    shape = Shape.of(config.model)
+    shape, habits = Shape.of(config.model), habits_of(config.kernels)
     return any(
-        _peak(stage_memory(shape, replace(Layout.of(family[0]), recompute=recompute), MEGAGROK))
+        _peak(stage_memory(shape, replace(Layout.of(family[0]), recompute=recompute), habits))
         <= machine.gpu.memory_bytes
         for family in families(config, world_size, precisions)
         for recompute in RECOMPUTES
@@ -138,9 +137,9 @@ def _peak(stages: Sequence[StageBytes]) -> int:
     return max(stage.total for stage in stages)
 
 
-def _candidate(run: RunConfig, layout: Layout, machine: Machine, correct: Correction, habits: Habits) -> Candidate:
+def _candidate(run: RunConfig, layout: Layout, machine: Machine, correct: Correction) -> Candidate:
     chosen = replace(run, train=replace(run.train, recompute=layout.recompute))
-    priced = estimate(Shape.of(run.model), layout, machine, habits)
+    priced = estimate(Shape.of(run.model), layout, machine, habits_of(run.kernels))
     seconds = correct(priced.seconds)
     slower = seconds.total / priced.seconds.total
     corrected = replace(

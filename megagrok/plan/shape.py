@@ -7,7 +7,7 @@ trainers alike. `ModelConfig` and `RunConfig` are translated here, once.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megagrok.config.schema import ModelConfig, ParallelConfig, Precision, Recompute, RunConfig
+from megagrok.config.schema import KernelsConfig, ModelConfig, ParallelConfig, Precision, Recompute, RunConfig
 from megagrok.plan.batch import num_micro_batches
 
 
@@ -127,9 +127,9 @@ class Layout:
 class Habits:
     """What a trainer does that neither model nor layout says."""
 
-    attention: Literal["flash", "scores"]
-    """flash: scores stay on chip.  scores: in memory, one run of queries at a time (megagrok's soft-cap in torch). Both
-    make them again in the backward pass."""
+    attention: Literal["flash", "triton", "scores"]
+    """flash: scores stay on chip.  triton: as well, in megagrok's own kernel, more slowly.  scores: in memory, one run
+    of queries at a time (megagrok's soft-cap in torch). All make them again in the backward pass."""
     experts: Literal["grouped", "loop"]
     """Expert matmuls in one grouped kernel, or one after the other."""
     fused: bool
@@ -178,4 +178,9 @@ MEGAGROK = Habits(
     reduces_whole=True,
     routing="natural",
 )
-"""What the engine of this repository does today."""
+"""What the engine of this repository does today, with the kernels that `auto` means."""
+
+
+def habits_of(kernels: KernelsConfig) -> Habits:
+    """What the engine does with these kernels. Only the choice for attention is priced."""
+    return replace(MEGAGROK, attention="triton") if kernels.attention == "triton" else MEGAGROK

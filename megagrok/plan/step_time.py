@@ -153,7 +153,8 @@ class _Rates:
         cast += sum(self._cast_bytes(item, expert_precision) for item in work.expert_matmuls)
         slower = 1.0 if habits.fused else constants.eager
         peak = gpu.peak("bf16" if self.precision == "fp8" else self.precision)
-        peak *= constants.attention if habits.fused or habits.attention == "scores" else constants.older_attention
+        flash = constants.attention if habits.fused else constants.older_attention
+        peak *= {"flash": flash, "triton": constants.triton_attention, "scores": constants.attention}[habits.attention]
         core = work.attention_flops / peak + work.score_bytes / bandwidth
         attention = core * ATTENTION_PASSES
         moved = (3 * constants.moved * slower * work.moved_bytes + cast) / bandwidth

@@ -24,7 +24,7 @@ SHORTEST_BLOCK = 64
 """Queries of one run at least."""
 ATTENTION_BLOCK_BYTES, CPU_ATTENTION_BLOCK_BYTES = 2**28, 2**20
 """Of the fp32 scores that exist at once, if that holds one kv head."""
-CPU_EXPERT_ROWS = 512
+CPU_EXPERT_ROWS = 1536
 """Rows of an expert that are worked on at once on a CPU; on a GPU all (kernels/experts)."""
 ATTENTION_PASSES = 3.5
 """Forward 1, backward 2.5: it computes the scores again (FlashAttention, Dao et al. 2022)."""
@@ -32,7 +32,7 @@ SCORE_BYTES = 60
 """Forward, per score: written 2, made fp32 2 + 4, capped 8, its highest sought 4, scaled 8, shifted 8, exponential 8,
 added up 4, rounded 4 + 2, read 2; 4 more for masks."""
 HEAD_CHUNK_BYTES, HEAD_CHUNK_TOKENS = 256 * 2**20, 2048
-CPU_HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_TOKENS = 4 * 2**20, 256
+CPU_HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_TOKENS = 4 * 2**20, 512
 """Of the fp32 logits that exist at once, or so many tokens' if that is more (kernels/cross_entropy)."""
 
 
@@ -199,11 +199,12 @@ def head_work(shape: Shape, part: Slice) -> Work:
 
 
 def head_chunk_tokens(shape: Shape, part: Slice, on_cpu: bool = False) -> float:
-    """Tokens whose logits exist at once."""
+    """Tokens whose logits exist at once; all chunks about alike."""
     most_bytes, fewest = HEAD_CHUNK_BYTES, HEAD_CHUNK_TOKENS
     if on_cpu:
         most_bytes, fewest = CPU_HEAD_CHUNK_BYTES, CPU_HEAD_CHUNK_TOKENS
-    return min(part.tokens, max(most_bytes * part.tensor / (4 * shape.vocab), fewest))
+    most = max(most_bytes * part.tensor // (4 * shape.vocab), fewest)
+    return math.ceil(part.tokens / math.ceil(part.tokens / most))
 
 
 @lru_cache(maxsize=1024)
@@ -221,7 +222,7 @@ def attention_flops(shape: Shape, part: Slice, habits: Habits) -> float:
     run of queries meets all keys up to its last: with 32 runs 33/64 of the square, under context parallelism all of it.
     """
     square = 4.0 * part.tokens * part.seq_len * shape.heads * shape.head_dim / part.tensor
-    if habits.attention == "flash":
+    if habits.attention != "scores":
         return square / 2
     if part.context > 1:
         return square
@@ -232,7 +233,7 @@ def attention_flops(shape: Shape, part: Slice, habits: Habits) -> float:
 
 def score_bytes(shape: Shape, part: Slice, habits: Habits) -> float:
     """Where scores pass through memory: SCORE_BYTES for each of them."""
-    if habits.attention == "flash":
+    if habits.attention != "scores":
         return 0.0
     return attention_flops(shape, part, habits) / (4.0 * shape.head_dim) * SCORE_BYTES
 

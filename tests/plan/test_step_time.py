@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from megagrok.config.schema import ModelConfig, MoEConfig
+from megagrok.config.schema import KernelsConfig, ModelConfig, MoEConfig
 from megagrok.plan.constants import CONSTANTS
 from megagrok.plan.cost import Machine
 from megagrok.plan.estimate import estimate
 from megagrok.plan.flops import training_flops_per_token
 from megagrok.plan.gpus import find_gpu
 from megagrok.plan.network import Span, message_seconds
-from megagrok.plan.shape import MEGAGROK, Layout, Shape
+from megagrok.plan.shape import MEGAGROK, Layout, Shape, habits_of
 from megagrok.plan.step_time import step_seconds
 from megagrok.plan.work import Message, Slice, head_work, layer_work
 
@@ -55,6 +55,18 @@ def test_attention_in_memory_computes_more_than_the_causal_half_and_all_of_it_un
     assert scores / flash == pytest.approx(33 / 32)
     apart = replace(part, context=2)
     assert layer_work(SHAPE, apart, MEGAGROK, True).attention_flops == flash
+
+
+def test_scores_that_stay_on_chip_cost_less_time_and_no_more_memory_and_only_where_the_run_names_the_kernel() -> None:
+    triton = habits_of(KernelsConfig(attention="triton"))
+    assert triton != MEGAGROK == habits_of(KernelsConfig()) == habits_of(KernelsConfig(attention="torch"))
+    in_memory, on_chip = (estimate(SHAPE, LAYOUT, H100, habits) for habits in (MEGAGROK, triton))
+    assert on_chip.seconds.attention < in_memory.seconds.attention
+    assert on_chip.seconds.matmul == in_memory.seconds.matmul and on_chip.seconds.tensor == in_memory.seconds.tensor
+    assert all(
+        here.total <= there.total and here.activations == there.activations
+        for here, there in zip(on_chip.stages, in_memory.stages, strict=True)
+    )
 
 
 def test_the_parts_of_a_step_are_the_step() -> None:
