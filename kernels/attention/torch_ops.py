@@ -116,8 +116,8 @@ class _Problem:
         budget = CPU_BLOCK_BYTES if self.device.type == "cpu" else DEVICE_BLOCK_BYTES
         self.heads = max(1, min(self.n, budget // max(1, bytes_of_head)))
         self.scratch = q_sbhc.new_empty(3, self.heads * bytes_of_head // self.wide.itemsize, dtype=self.wide)
-        run_u = torch.arange(self.run, device=self.device)
-        self.run_bias_uu = self._bias(run_u, run_u)
+        longest = min(self.run, self.s)
+        self.run_bias_uu = q_sbhc.new_full((longest, longest), -math.inf, dtype=self.wide).triu_(1)
 
     def blocks(self) -> Iterator[_Block]:
         """Runs of queries within groups of heads, so that the gradients of keys and values stay near."""

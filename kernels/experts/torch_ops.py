@@ -1,15 +1,17 @@
 """The experts as torch matmuls on borrowed memory: the fast implementation on a CPU.
 
-A run is up to 1,536 rows of one expert. Its gathered x, its activations and its results live in scratch memory that
-the next run overwrites, so they stay in the cache and no fresh page is ever touched for them: on a CPU the first touch
-of a page costs more than the arithmetic done on it. Only the pre-activations H are kept, a tensor for each run: the
-allocator hands memory of that size out again, but returns a tensor of 32 MiB to the system, page by page.
+A run is up to 1,536 rows: part of one expert's, or all those of some experts, whose matmuls are then all that is done
+for each alone. Its gathered x, its activations and its results live in scratch memory that the next run overwrites, so
+they stay in the cache and no fresh page is ever touched for them: on a CPU the first touch of a page costs more than
+the arithmetic done on it. Only the pre-activations H are kept, a tensor for each run: the allocator hands memory of
+that size out again, but returns a tensor of 32 MiB to the system, page by page.
 
     forward, per run      x = x_ND[source]    H = x gate_up^T    a = gelu(g) u weight    out[source] += a down^T
     backward, per run     dy = dout[source]   da = dy down       dweight = <da, gelu(g) u>
                           dH = ...            ddown += dy^T a    dgate_up += dH^T x      dx[source] += dH gate_up
 
-A token visits an expert at most once, so the additions of one run never meet: the sum's order is that of the experts.
+A token's results are added in the order of its experts. On a GPU, where additions that meet come in any order, a run is
+one expert's, which a token visits at most once.
 """
 
 # N rows of x, R rows (one per choice of a token), r rows of a run, e experts of this rank, D hidden, F expert width
@@ -29,14 +31,21 @@ CPU_RUN_ROWS = 1536
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Rows [start, stop) of one expert."""
+class Part:
+    """Rows of a run that go to one expert."""
 
     expert: int
-    start: int
-    stop: int
+    rows: slice
+    """Of the run."""
     is_first: bool
     """Of its expert: it overwrites the weights' gradient, the others add to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    start: int
+    stop: int
+    parts: list[Part]
 
 
 def mix_experts(
@@ -52,20 +61,30 @@ def mix_experts(
     return _mixed(x_ND, source_R, weight_R, rows_per_expert, gate_up_eFD, down_eDF)
 
 
-def _runs(rows_per_expert: list[int], most: int) -> Iterator[Run]:
-    """Every row once, in order; the runs of an expert are of equal size, but for rounding."""
-    start = 0
+def _runs(rows_per_expert: list[int], most: int, *, joins: bool) -> Iterator[Run]:
+    """Every row once, in order; the runs of a split expert are of equal size, but for rounding."""
+    start = stop = 0
+    parts: list[Part] = []
     for expert, rows in enumerate(rows_per_expert):
+        if parts and (not joins or stop - start + rows > most):
+            yield Run(start, stop, parts)
+            start, parts = stop, []
         num_runs = -(-rows // most)
         for number in range(num_runs):
-            yield Run(expert, start + number * rows // num_runs, start + (number + 1) * rows // num_runs, number == 0)
-        start += rows
+            if number:
+                yield Run(start, stop, parts)
+                start, parts = stop, []
+            length = (number + 1) * rows // num_runs - number * rows // num_runs
+            parts.append(Part(expert, slice(stop - start, stop - start + length), number == 0))
+            stop += length
+    if parts:
+        yield Run(start, stop, parts)
 
 
 def _most_rows(x_ND: Tensor, rows_per_expert: list[int]) -> int:
     """Rows of the longest run. A GPU is best with all of an expert's at once."""
-    fullest = max(rows_per_expert, default=0)
-    return max(1, min(fullest, CPU_RUN_ROWS) if x_ND.device.type == "cpu" else fullest)
+    is_cpu = x_ND.device.type == "cpu"
+    return max(1, min(sum(rows_per_expert), CPU_RUN_ROWS) if is_cpu else max(rows_per_expert, default=0))
 
 
 class _MixExperts(torch.autograd.Function):
@@ -84,15 +103,18 @@ class _MixExperts(torch.autograd.Function):
         H_rF = []
         sum_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
         x_rD, a_rF, y_rD = x_ND.new_empty(most, hidden), x_ND.new_empty(most, width), x_ND.new_empty(most, hidden)
-        for run in _runs(rows_per_expert, most):
-            part, length = slice(run.start, run.stop), run.stop - run.start
+        for run in _runs(rows_per_expert, most, joins=x_ND.device.type == "cpu"):
+            rows, length = slice(run.start, run.stop), run.stop - run.start
             x, a, y = x_rD[:length], a_rF[:length], y_rD[:length]
-            torch.index_select(x_ND, 0, source_R[part], out=x)
-            H = torch.mm(x, gate_up_eFD[run.expert].t())
+            H = x_ND.new_empty(length, 2 * width)
+            torch.index_select(x_ND, 0, source_R[rows], out=x)
+            for part in run.parts:
+                torch.mm(x[part.rows], gate_up_eFD[part.expert].t(), out=H[part.rows])
             H_rF.append(H)
-            gated_gelu(H, weight_R[part, None], a)
-            torch.mm(a, down_eDF[run.expert].t(), out=y)
-            sum_ND.index_add_(0, source_R[part], y.to(sum_ND.dtype))
+            gated_gelu(H, weight_R[rows, None], a)
+            for part in run.parts:
+                torch.mm(a[part.rows], down_eDF[part.expert].t(), out=y[part.rows])
+            sum_ND.index_add_(0, source_R[rows], y.to(sum_ND.dtype))
         ctx.save_for_backward(x_ND, source_R, weight_R, gate_up_eFD, down_eDF, *H_rF)
         ctx.rows_per_expert = rows_per_expert
         return sum_ND.to(x_ND.dtype)
@@ -113,21 +135,23 @@ class _MixExperts(torch.autograd.Function):
             if count == 0:
                 dgate_up_eFD[expert].zero_()
                 ddown_eDF[expert].zero_()
-        for run, H in zip(_runs(ctx.rows_per_expert, most), H_rF, strict=True):
-            part, length = slice(run.start, run.stop), run.stop - run.start
+        runs = _runs(ctx.rows_per_expert, most, joins=x_ND.device.type == "cpu")
+        for run, H in zip(runs, H_rF, strict=True):
+            rows, length = slice(run.start, run.stop), run.stop - run.start
             x, dy, dx = x_rD[:length], dy_rD[:length], dx_rD[:length]
             da, a, dH = da_rF[:length], a_rF[:length], dH_rF[:length]
-            torch.index_select(dout_ND, 0, source_R[part], out=dy)
-            torch.index_select(x_ND, 0, source_R[part], out=x)
-            torch.mm(dy, down_eDF[run.expert], out=da)
-            scratch = scratch_rF[:length]
-            dweight_R[part] = gated_gelu_gradients(H, weight_R[part, None], da, a, dH, scratch)
-            beta = 0 if run.is_first else 1
-            ddown_DF, dgate_up_FD = ddown_eDF[run.expert], dgate_up_eFD[run.expert]
-            torch.addmm(ddown_DF, dy.t(), a, beta=beta, out=ddown_DF)
-            torch.addmm(dgate_up_FD, dH.t(), x, beta=beta, out=dgate_up_FD)
-            torch.mm(dH, gate_up_eFD[run.expert], out=dx)
-            sum_ND.index_add_(0, source_R[part], dx.to(sum_ND.dtype))
+            torch.index_select(dout_ND, 0, source_R[rows], out=dy)
+            torch.index_select(x_ND, 0, source_R[rows], out=x)
+            for part in run.parts:
+                torch.mm(dy[part.rows], down_eDF[part.expert], out=da[part.rows])
+            dweight_R[rows] = gated_gelu_gradients(H, weight_R[rows, None], da, a, dH, scratch_rF[:length])
+            for part in run.parts:
+                ddown_DF, dgate_up_FD = ddown_eDF[part.expert], dgate_up_eFD[part.expert]
+                beta = 0 if part.is_first else 1
+                torch.addmm(ddown_DF, dy[part.rows].t(), a[part.rows], beta=beta, out=ddown_DF)
+                torch.addmm(dgate_up_FD, dH[part.rows].t(), x[part.rows], beta=beta, out=dgate_up_FD)
+                torch.mm(dH[part.rows], gate_up_eFD[part.expert], out=dx[part.rows])
+            sum_ND.index_add_(0, source_R[rows], dx.to(sum_ND.dtype))
         return sum_ND.to(x_ND.dtype), None, dweight_R, None, dgate_up_eFD, ddown_eDF
 
 

@@ -168,9 +168,9 @@ def _backward(
         N = part.tokens / part.tensor * (shape.top_k if part.expert > 1 else 1)
         rows = part.tokens / part.tensor * shape.top_k
         weights = 3 * local * shape.expert_ffn * h
-        at_once = min(rows / local, CPU_EXPERT_ROWS) if habits.on_cpu else rows / local
+        at_once = min(rows, CPU_EXPERT_ROWS) if habits.on_cpu else rows / local
         scratch = e * at_once * (3 * h + 5 * shape.expert_ffn)
-        # Gradient of the result, its fp32 sum for the input, scratch of one expert, gradients of the weights.
+        # Gradient of the result, its fp32 sum for the input, scratch of a run, gradients of the weights.
         moments.append(((e + 4) * N * h + scratch + e * weights + e * own * h - freed, (e + 4) * N * h))
         # Then, in bf16, added to their fp32 sums, the wider of the two first.
         moments.append(((e + 8 / 3 * (e == 2)) * weights + e * N * h - freed - parts.rows, -parts.rows))
