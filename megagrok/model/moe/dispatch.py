@@ -6,12 +6,13 @@ On several, rows travel:
     tokens --sort--> rows by expert --exchange--> rows by (source rank, local expert), which the experts pick from
     and put back in place --exchange--> rows by expert --gather and sum--> tokens
 
-A row's weight travels with it, so that the experts fold it in, and nobody keeps their results for its gradient.
+A row's weight travels beside it, so that the experts fold it in, and nobody keeps their results for its gradient.
 """
 
 # T this rank's tokens, K top-k, D hidden, E experts, e = E / ep experts of this rank, R rows that this rank computes,
 # N rows of what they are picked from: T on one rank, R on several
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,16 +66,19 @@ def dispatch(
     if size == 1:
         return Dispatched(x_TD, token_R, weight_R, tokens_per_expert_E.tolist(), None)
     incoming_E = torch.empty_like(tokens_per_expert_E)
-    dist.all_to_all_single(incoming_E, tokens_per_expert_E, group=group)
+    counting = dist.all_to_all_single(incoming_E, tokens_per_expert_E, group=group, async_op=True)
+    inverse_TK = _inverse(order_R).view(num_tokens, top_k)
+    x_RD = permute.permute(x_TD, token_R, inverse_TK)
+    counting.wait()
     counts = torch.cat([incoming_E, tokens_per_expert_E]).tolist()
     local = len(incoming_E) // size
     received, sent = _sums(counts[: size * local], local), _sums(counts[size * local :], local)
-    inverse_TK = _inverse(order_R).view(num_tokens, top_k)
     source_R = _by_expert(incoming_E.view(size, local), sum(received))
+    x_ND, weight_N = _exchange(sent, received, group, x_RD, weight_R)
     return Dispatched(
-        x_ND=_exchange(permute.permute(x_TD, token_R, inverse_TK), sent, received, group),
+        x_ND=x_ND,
         source_R=source_R,
-        weight_R=_exchange(weight_R[:, None], sent, received, group)[:, 0].index_select(0, source_R),
+        weight_R=weight_N.index_select(0, source_R),
         rows_per_expert=[sum(counts[expert : size * local : local]) for expert in range(local)],
         journey=Journey(sent, received, inverse_TK),
     )
@@ -88,7 +92,7 @@ def combine(y_ND: Tensor, dispatched: Dispatched, group: dist.ProcessGroup, perm
     journey = dispatched.journey
     if journey is None:
         return y_ND
-    rows_RD = _exchange(y_ND, journey.received, journey.sent, group)
+    (rows_RD,) = _exchange(journey.received, journey.sent, group, y_ND)
     return permute.unpermute(rows_RD, journey.inverse_TK)
 
 
@@ -111,23 +115,33 @@ def _inverse(permutation: Tensor) -> Tensor:
     return inverse
 
 
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Uneven all-to-all of rows; its backward pass is the all-to-all the other way."""
-    exchanged: Tensor = _AllToAll.apply(rows, sent, received, group)
-    return exchanged
-
-
 class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        out = rows.new_empty(sum(received), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-        return out
+    """Uneven all-to-all of rows, of all tensors at once; its backward pass is the all-to-all the other way."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = grads
-        out = grad.new_empty(sum(ctx.sent), grad.shape[1])
-        dist.all_to_all_single(out, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        return out, None, None, None
+    def forward(
+        ctx: Any, sent: list[int], received: list[int], group: dist.ProcessGroup, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(sent, received, group, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_all_to_all(ctx.received, ctx.sent, ctx.group, grads)
+
+
+_exchange: Callable[..., tuple[Tensor, ...]] = _AllToAll.apply
+
+
+def _all_to_all(
+    sent: list[int], received: list[int], group: dist.ProcessGroup, tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """All are on their way before the first is waited for."""
+    outs = [tensor.new_empty(sum(received), *tensor.shape[1:]) for tensor in tensors]
+    journeys = [
+        dist.all_to_all_single(out, tensor.contiguous(), received, sent, group=group, async_op=True)
+        for out, tensor in zip(outs, tensors, strict=True)
+    ]
+    for journey in journeys:
+        journey.wait()
+    return tuple(outs)
